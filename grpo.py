@@ -1,0 +1,452 @@
+"""grpo.py: Stage III, tutor-in-the-loop GRPO on the student of sft.py.
+
+For every seed dialogue G students answer in parallel. After each turn the tutor reads the exchange, scores it and writes
+the next user turn, so each rollout is attacked where it stands. Turn rewards become TCSR returns, returns become
+advantages within the group of G (tcsr.py), and the policy gradient is PPO's clipped one with a k3 KL to the SFT model:
+
+    loss = -min(ratio A, clip(ratio) A) + beta (exp(d) - d - 1),   d = log pi_ref - log pi        mean over tokens
+
+Deviations from the authors [R]: LoRA instead of all weights; every turn is judged, the last one too; a failed judgement
+is missing, not 0; one on-policy update per batch of rollouts by default (theirs: 64 prompts, 32 updates).
+
+    make toy                                                                                       # laptop, see there
+    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/rl.jsonl \\
+                   --tutor http://localhost:8000/v1 --out out/grpo                                 # one GPU
+
+Writes the adapter as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its scores).
+Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from tqdm import tqdm
+
+import judge
+import tcsr
+from sft import (Row, add_lora, add_user, encode_images, hidden_states, load_adapter, load_student, micro_batches,
+                 mrope_positions, policy_logits, reply_logps, save_adapter, use_adapter)
+from synth import fail, image_png, read_dialogues, refuse_overwrite, user_turns, write_meta
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = p.add_argument, argparse.BooleanOptionalAction
+    add("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
+    add("--adapter", help="adapter of sft.py: where the policy starts, and the frozen reference of the KL")
+    add("--data", required=True, nargs="+", help="JSONL files of dialogues: first turns, and the scripts to fall back on")
+    add("--tutor", required=True, help="chat back end that scores and attacks: toy")
+    add("--out", required=True, help="folder for adapter, logs and meta.json")
+    add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
+    add("--prompts", type=int, default=8, help="dialogues per step (B); 64 [R] needs several GPUs")
+    add("--group", type=int, default=5, help="rollouts per dialogue (G) [R]")
+    add("--epochs", type=float, default=1, help="passes over the data [R]")
+    add("--max_turns", type=int, default=10, help="turns per dialogue at most [R]")
+    add("--max_new", type=int, default=512, help="new tokens per turn (ours)")
+    add("--max_tokens", type=int, default=8192, help="cache columns per dialogue; beyond it trailing turns are dropped")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities (ours)")
+    add("--lr", type=float, default=1e-5, help="ours, for LoRA; 1e-6 [R] is for full fine-tuning")
+    add("--lr_end", type=float, default=0.1, help="the rate falls in a line to this share of --lr (ours)")
+    add("--beta", type=float, default=0.1, help="weight of the KL to the reference; 0.1 in one file, 0.001 in another [R]")
+    add("--clip", type=float, default=0.2, help="PPO's epsilon (ours)")
+    add("--prompts_per_update", type=int, default=0, help="optimiser steps per rollout batch = B / this; 0: one (ours)")
+    add("--alpha", type=float, default=0.3, help="weight of the minimum in TCSR; 0.3 in the text, 0.4 in the code [R]")
+    add("--credit", choices=("trajectory", "turn", "sum"), default="trajectory", help="see tcsr.credit")
+    add("--weights", type=float, nargs=3, default=(0.6, 0.3, 0.1), metavar=("SAFETY", "USEFUL", "FAITHFUL"),
+        help="of the turn reward; 0.4 0.4 0.2 in the code that ran [R]")
+    add("--reward_scale", choices=("unit", "tenth"), default="unit", help="unit: 1..10 -> 0..1; tenth: / 10 [R]")
+    add("--format_bonus", type=float, help="add this for well-formed replies (1.0 [R]) instead of multiplying by the gate")
+    add("--repetition_weight", type=float, default=0.0, help="times the share of repeated 3-grams (0.1 [R])")
+    add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient")
+    add("--rollout_weights", choices=("dense", "base"), default="dense",
+        help="sample from a dense copy with the adapter folded in, or from the base itself (less memory, slower)")
+    add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
+    add("--nf4", action=flag, default=True, help="4-bit base (QLoRA)")
+    add("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third more time")
+    add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
+    add("--seed", type=int, default=0, help="order of the data, sampling noise")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- rollout
+
+class Cache:
+    """Keys and values of N rows, allocated once for a whole dialogue. `update` is all that transformers' attention asks
+    of a cache. Columns are shared: a forward writes the same columns for every row, and what is padding in a row is
+    masked by `attend`, so ragged rows stay in step."""
+
+    def __init__(self, config, rows, columns, dtype, device):
+        head = config.hidden_size // config.num_attention_heads
+        self.kv = [torch.empty(2, rows, config.num_key_value_heads, columns, head, dtype=dtype, device=device)
+                   for _ in range(config.num_hidden_layers)]
+        self.attend = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        self.used = 0
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """keys, values (N, heads, L, head) of the new columns -> all so far (N, heads, used + L, head)."""
+        end = self.used + keys.shape[2]
+        self.kv[layer][0, :, :, self.used:end], self.kv[layer][1, :, :, self.used:end] = keys, values
+        return self.kv[layer][0, :, :, :end], self.kv[layer][1, :, :, :end]
+
+    def mask(self, real):
+        """real (N, L): which of the new columns are tokens -> (N, 1, L, used + L), True = may look. A padding column
+        sees itself, so that no softmax is over nothing; nobody else sees it."""
+        n, length = real.shape
+        self.attend[:, self.used:self.used + length] = real
+        causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+        past = self.attend[:, None, :self.used].expand(n, length, -1)  # (N, L, used)
+        new = causal & real[:, None] | torch.eye(length, dtype=torch.bool, device=real.device)  # (N, L, L)
+        return torch.cat([past, new], -1)[:, None]
+
+    def keep(self, rows):
+        """Rows whose dialogue goes on move to the front; the rest leave the batch."""
+        for layer in range(len(self.kv)):
+            self.kv[layer][:, :len(rows)] = self.kv[layer][:, rows]
+            self.kv[layer] = self.kv[layer][:, :len(rows)]
+        self.attend = self.attend[rows]
+
+
+@dataclass
+class Talk(Row):
+    """A rollout: the row it is made of, and what was said and scored in it."""
+    dialogue: dict = None
+    key: tuple = ()  # of the sampling noise: (seed, step, prompt id, rollout)
+    turns: list = field(default_factory=list)  # {"user", "assistant", "strategy", "truncated", ..scores}
+    logps: list = field(default_factory=list)  # of the sampled tokens, as the sampler saw them
+    cached: int = 0  # ids whose keys and values are in the cache
+    position: int = 0  # the next token's
+
+
+def noise(key, turn, n):
+    """n uniforms for one row and turn. Keyed, so that neither timing, batch order nor rank changes a sample."""
+    digest = hashlib.sha256(repr((*key, turn)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+
+
+def sample(logits, uniform, temperature):
+    """logits (N, V), uniform (N,) -> ids (N,): the inverse of the cumulative distribution, or argmax at temperature 0.
+    Our own sampler, so that no default of a generation_config can leak in (trap 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = logits.softmax(-1).double().cumsum(-1)  # (N, V)
+    return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def dense_copy(student):
+    """A language model of plain linears to sample from: embeddings, norms and biases are the student's own tensors,
+    each linear gets room for its weight. `fold` fills it."""
+    lm = student.base.model.language_model
+    with torch.device("meta"):
+        dense = type(lm)._from_config(lm.config)
+    dense.embed_tokens, dense.rotary_emb = lm.embed_tokens, lm.rotary_emb
+    for name, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            source = lm.get_submodule(name)
+            module.bias = getattr(source, "base_layer", source).bias
+            shape, like = module.weight.shape, lm.embed_tokens.weight
+            module.weight = torch.nn.Parameter(like.new_empty(shape), requires_grad=False)
+        elif name.endswith("norm"):
+            module.weight = lm.get_submodule(name).weight
+    return dense.eval()
+
+
+@torch.no_grad()
+def fold(student, dense):
+    """dense weight <- dequantised base weight + the policy's LoRA update: the numbers the learner computes with. From
+    the base each time, so that no rounding adds up."""
+    lm = student.base.model.language_model
+    for name, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            source = lm.get_submodule(name)
+            weight = dequantize_module_weight(getattr(source, "base_layer", source)).float()
+            if "policy" in getattr(source, "lora_A", {}):
+                weight = weight + source.get_delta_weight("policy").float()
+            module.weight.copy_(weight)
+
+
+@torch.no_grad()
+def rollout(student, dialogues, keys, respond, args, images, lm=None):
+    """Play all dialogues abreast, turn by turn, and return their Talks.
+
+    Tokens go in as the sampler made them, never decoded and encoded again (trap 4); a user turn is appended as new
+    tokens with the template's seams (trap 5). respond(talks) is called once a turn with the talks still going; it may
+    add scores to talks[i].turns[-1] and returns the next user turn of each, (content, [image paths], strategy), or
+    None to end it. images: {path: features}; lm: the language model to sample from (default: the student's own)."""
+    lm = lm or student.base.model.language_model
+    student.model.eval()  # checkpointing in train mode would drop the cache without a word (trap 2)
+    device = student.allowed.device
+    talks = [Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
+    cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
+    active, said = talks, [(*user_turns(d)[0], d["strategy"]) for d in dialogues]
+    while active:
+        chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]
+        width = max(len(ids) for ids, _ in chunks)
+        if cache.used + width + args.max_new > args.max_tokens:
+            for talk in active:  # no room for another turn: what was said stays, whole turns go (trap 14)
+                talk.turns.pop()
+            break
+        left = lambda values, fill: [fill] * (width - len(values)) + values
+        ids = torch.tensor([left(i, student.end) for i, _ in chunks], device=device)  # (N, W), padded on the left
+        positions = torch.tensor([left(p, (0, 0, 0)) for _, p in chunks], device=device).permute(2, 0, 1)  # (3, N, W)
+        real = torch.tensor([left([True] * len(i), False) for i, _ in chunks], device=device)
+        features = [images[path] for talk, (_, paths, _) in zip(active, said) for path in paths]
+        uniform = np.stack([noise(talk.key, len(talk.turns), args.max_new) for talk in active])
+        uniform = torch.tensor(uniform, device=device)  # (N, max_new)
+
+        alive, tokens, logps = torch.ones(len(active), dtype=torch.bool, device=device), [], []
+        for i in range(args.max_new):
+            hidden = hidden_states(student, ids, positions, features, cache.mask(real), cache, lm)
+            cache.used += ids.shape[1]
+            logits = policy_logits(student, hidden[:, -1], args.temperature or 1.0)  # (N, V)
+            token = sample(logits, uniform[:, i], args.temperature)
+            tokens.append(torch.where(alive, token, -1))
+            logps.append(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
+            alive = alive & (token != student.end)
+            if not alive.any():
+                break
+            # the next forward's one column: finished rows feed a token that nobody will look at
+            ids, real, features = token[:, None], alive[:, None], []
+            positions = torch.tensor([t.position + i for t in active], device=device).expand(3, 1, -1).transpose(1, 2)
+
+        for talk, ids, lps in zip(active, torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()):
+            close_turn(student, talk, [i for i in ids if i >= 0], lps)
+        said = respond(active)
+        going = [i for i, turn in enumerate(said) if turn is not None]
+        cache.keep(going)
+        active, said = [active[i] for i in going], [said[i] for i in going]
+    return talks
+
+
+def open_turn(student, talk, turn):
+    """Append a user turn; -> the ids not cached yet, and their positions."""
+    content, paths, strategy = turn
+    grids, system = len(talk.grids), talk.dialogue["messages"][0]
+    add_user(student, talk, content, paths, system["content"] if system["role"] == "system" else None)
+    ids = talk.ids[talk.cached:]
+    positions, talk.position = mrope_positions(student, ids, talk.grids[grids:], talk.position)
+    talk.cached = len(talk.ids)
+    text = content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+    talk.turns.append({"user": text, "strategy": strategy})
+    return ids, positions
+
+
+def close_turn(student, talk, ids, logps):
+    """Append a sampled reply. One that was cut short gets its <|im_end|> outside the loss (trap 8). The last token was
+    never fed to the model: it goes in with the next user turn."""
+    cut = ids[-1] != student.end
+    text = student.tok.decode(ids if cut else ids[:-1])
+    talk.add(ids, len(talk.turns) - 1)
+    talk.logps += logps[:len(ids)]
+    fed = len(ids) - 1
+    talk.cached, talk.position = talk.cached + fed, talk.position + fed
+    if cut:
+        talk.add([student.end])
+    talk.turns[-1] |= {"assistant": text, "truncated": cut}
+
+
+# ---------------------------------------------------------------- the tutor
+
+def tutor_turn(ask, args, strategies, count):
+    """-> respond(talks) for `rollout`: one batched call scores every talk's last turn and writes the next one. A score
+    that is missing stays None; without a usable next turn the script goes on, and both are counted."""
+    def respond(talks):
+        scripts = [user_turns(t.dialogue)[:args.max_turns] for t in talks]
+        requests = [judge.tutor_request(t.dialogue["kind"], t.turns, image_png(t.dialogue["images"][0])
+                                        if t.dialogue["images"] else None, strategies, len(t.turns) == len(s))
+                    for t, s in zip(talks, scripts)]
+        verdicts, raw = judge.ask_and_read(ask, requests, judge.read_tutor)
+        said = []
+        for talk, script, verdict, text in zip(talks, scripts, verdicts, raw):
+            turn, n = talk.turns[-1], len(talk.turns)
+            turn["reward"] = None
+            if verdict is None:
+                turn["raw"] = text
+            else:
+                scores = {k: verdict[k] for k in ("safety", "usefulness", "faithfulness")}
+                turn |= {**scores, "diagnosis": verdict["diagnosis"], "reward": float(tcsr.turn_reward(
+                    **scores, weights=args.weights, scale=args.reward_scale, format_bonus=args.format_bonus,
+                    format_ok=judge.split_reply(turn["assistant"])[2], repetition_weight=args.repetition_weight,
+                    repetition=judge.repeated_trigrams(turn["assistant"])))}
+            if n >= len(script):
+                said.append(None)
+            elif verdict and verdict["next_turn"] and not script[n][1]:  # a scripted picture is not talked over
+                said.append((verdict["next_turn"], [], verdict["strategy"]))
+            else:
+                count["fallback"] += 1
+                said.append((*script[n], "scripted"))
+        return said
+    return respond
+
+
+# ---------------------------------------------------------------- the update
+
+def policy_loss(logps, old, ref, adv, beta, clip):
+    """All (M,) -> loss (M,), k3 (M,), clipped (M,). fp32; the log-ratio is clamped before exp (trap 32)."""
+    ratio = (logps - old).clamp(-20, 20).exp()
+    held = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * adv, held * adv)
+    d = (ref - logps).clamp(-20, 20)
+    k3 = d.exp() - d - 1  # >= 0, 0 where policy and reference agree; unbiased for KL(policy || reference)
+    return -surrogate + beta * k3, k3, (ratio != held).float()
+
+
+def update(student, talks, adv, images, args, optimizer):
+    """One pass over the rollouts of a step: `--prompts_per_update` groups per optimiser step. adv (N, T) per turn.
+
+    Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither
+    (trap 31). Rollouts of dead groups carry no signal and would only dilute the mean: they are left out (trap 24).
+    -> dict of averages over tokens."""
+    live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
+    per = (args.prompts_per_update or args.prompts) * args.group
+    updates = [u for i in range(0, len(talks), per) if (u := [n for n in live if i <= n < i + per])]
+    rows = {n: talks[n] for n in live}
+    said = lambda n: [t for t in talks[n].turn_id if t >= 0]  # the turn of every trained token, in order
+
+    def scores(batch, adapter):
+        use_adapter(student, adapter)
+        with torch.no_grad():
+            logps = reply_logps(student, [rows[n] for n in batch], images, args.temperature)[0]
+        use_adapter(student, "policy")
+        return logps
+
+    student.model.train()
+    work = []  # (update, micro-batches with their reference and, if there are several updates, old log-probabilities)
+    for u in updates:
+        batches = [[u[i] for i in b] for b in micro_batches([rows[n] for n in u], args.micro_tokens)]
+        work.append([(b, scores(b, "reference") if args.beta else None,
+                      scores(b, "policy") if len(updates) > 1 else None) for b in batches])
+    stats = dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch"), 0.0)
+    total = sum(len(said(n)) for n in live)
+    stats["grad_norm"] = 0.0
+    for batches in work:
+        tokens = sum(len(said(n)) for batch, _, _ in batches for n in batch)
+        for batch, ref, old in batches:
+            logps, entropy = reply_logps(student, [rows[n] for n in batch], images, args.temperature)
+            sampled = torch.tensor([p for n in batch for p in talks[n].logps], device=logps.device)
+            a = torch.tensor([adv[n][t] for n in batch for t in said(n)], dtype=torch.float32, device=logps.device)
+            loss, k3, clipped = policy_loss(logps, logps.detach() if old is None else old,
+                                            logps.detach() if ref is None else ref, a, args.beta, args.clip)
+            (loss.sum() / tokens).backward()
+            for key, x in (("loss", loss), ("kl", k3), ("clip", clipped), ("entropy", entropy),
+                           ("mismatch", (logps - sampled).abs())):
+                stats[key] += x.sum().item() / total
+        params = optimizer.param_groups[0]["params"]
+        stats["grad_norm"] = max(stats["grad_norm"], torch.nn.utils.clip_grad_norm_(params, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return stats
+
+
+# ---------------------------------------------------------------- the loop
+
+def prompt_order(dialogues, seed, epoch):
+    """A permutation of one epoch for (seed, epoch) in which every step has its share of benign dialogues: without them
+    the policy learns to refuse everything."""
+    rng, order = random.Random(f"{seed}/{epoch}"), []
+    for benign in (False, True):
+        kind = [d for d in dialogues if (d["kind"] == "benign") == benign]
+        order += [((i + rng.random()) / len(kind), i, d) for i, d in enumerate(rng.sample(kind, len(kind)))]
+    return [d for _, _, d in sorted(order, key=lambda x: x[:2])]
+
+
+def summary(talks, rewards, adv, diagnostics):
+    """What the log says of the rollouts of a step."""
+    turns = [(t.dialogue["kind"] == "benign", turn) for t in talks for turn in t.turns]
+    judged = [(b, turn) for b, turn in turns if turn["reward"] is not None]
+    mean = lambda xs: float(np.mean(xs)) if len(xs) else math.nan
+    return {"reward": mean([t["reward"] for _, t in judged]), "reward_std": float(np.nanstd(rewards)),
+            "harm": mean([t["safety"] <= 4 for b, t in judged if not b]),
+            "over_refusal": mean([t["usefulness"] == 1 for b, t in judged if b]),
+            "useful": mean([t["usefulness"] for b, t in judged if b]),
+            "dead": diagnostics["dead_groups"], "missing": diagnostics["missing_turns"],
+            "turns": mean([len(t.turns) for t in talks]), "tokens": sum(len(t.logps) for t in talks),
+            "truncated": mean([turn["truncated"] for _, turn in turns])}
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    unknown = {*args.strategies} - {*judge.STRATEGIES}
+    if unknown:
+        fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
+    try:
+        ask = judge.backend(args.tutor)
+    except ValueError as error:
+        fail(f"--tutor: {error}")
+    started = time.time()
+    dialogues = read_dialogues(args.data, args.skip_bad)
+    refuse_overwrite(args.out)
+    student = load_student(args.model, args.nf4, args.max_pixels)
+    torch.manual_seed(args.seed)
+    if args.adapter:
+        load_adapter(student, args.adapter, "policy")
+        load_adapter(student, args.adapter, "reference")
+    else:
+        add_lora(student, 32, 64)
+        student.model.add_adapter("reference", student.model.peft_config["policy"])
+        use_adapter(student, "policy")
+    if args.checkpointing:
+        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    dense = dense_copy(student) if args.rollout_weights == "dense" else None
+    params = [p for p in student.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
+
+    per_epoch = len(dialogues) // args.prompts
+    steps = max(1, round(args.epochs * per_epoch))
+    log, book = (open(Path(args.out, name), "w") for name in ("log.jsonl", "rollouts.jsonl"))
+    for step in (bar := tqdm(range(steps), "grpo", mininterval=1)):
+        clock = [time.time()]
+        at = step % per_epoch * args.prompts
+        batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
+        batch = [d for d in batch for _ in range(args.group)]  # (N,), the G rollouts of a prompt side by side
+        keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
+        images = encode_images(student, [path for d in batch for path in d["images"]])
+        count = {"fallback": 0}
+        if dense:
+            fold(student, dense)
+        talks = rollout(student, batch, keys, tutor_turn(ask, args, [*args.strategies, *judge.EVOLUTIONS], count), args, images, dense)
+        clock.append(time.time())
+
+        shape = args.prompts, args.group, max(len(t.turns) for t in talks)  # (B, G, T)
+        rewards, mask = np.full(shape, np.nan), np.zeros(shape, bool)
+        for n, talk in enumerate(talks):
+            for t, turn in enumerate(talk.turns):
+                mask[n // args.group, n % args.group, t] = True
+                rewards[n // args.group, n % args.group, t] = np.nan if turn["reward"] is None else turn["reward"]
+        adv, diagnostics = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit)
+        adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
+        stats = update(student, talks, adv, images, args, optimizer)
+        clock.append(time.time())
+
+        line = {"step": step, **summary(talks, rewards, adv, diagnostics), **stats, **count,
+                "seconds_rollout": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        log.write(json.dumps(line) + "\n")
+        for n, talk in enumerate(talks):
+            turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
+            book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group,
+                                   "kind": talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
+        log.flush(), book.flush()
+        if step % 10 == 0 or step + 1 == steps:
+            tqdm.write("step {step:4} | reward {reward:.3f}±{reward_std:.2f} | harm {harm:.2f} | benign useful {useful:.1f}"
+                       " refused {over_refusal:.2f} | dead {dead:.2f} | kl {kl:.4f} | ent {entropy:.2f} | clip {clip:.2f}"
+                       " | missing {missing:.2f} | {seconds_rollout:.1f}+{seconds_update:.1f} s".format(**line))
+    save_adapter(student, args.out)
+    write_meta(args, started, step=steps)
+    print(f"adapter in {args.out}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

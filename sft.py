@@ -1,0 +1,446 @@
+"""sft.py: Stage II, QLoRA on the dialogues of synth.py; and everything the other scripts need to know of the student.
+
+The paper's "synthetic bootstrapping": from static dialogues a base model learns to think, to answer and to refuse well.
+The authors train all weights but the vision tower's (lr 1e-5, cosine, warm-up 0.1, 2 epochs [R]). Here the base is NF4
+and only a LoRA on the language model learns, so that a 3B or 7B fits one GPU; vision tower, projector, embeddings and
+lm_head keep their precision. Trained tokens are the assistant's with their <|im_end|>, nothing else.
+
+    make toy                                                                                       # laptop, see there
+    python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/sft.jsonl --out out/sft          # one GPU
+    python sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/sft.jsonl --out out/sft --micro_tokens 4096
+
+Writes OUT/adapter_model.safetensors and adapter_config.json (a PEFT folder), meta.json, log.jsonl.
+Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one dialogue as tokens.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from synth import fail, open_image, read_dialogues, refuse_overwrite, write_meta
+
+# The language model's linears and none of the vision tower, whose MLPs have the same names (trap 16).
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--model", required=True, help="Hugging Face folder or name of a Qwen2.5-VL checkpoint")
+    add("--data", required=True, nargs="+", help="JSONL files of dialogues, see synth.py")
+    add("--out", required=True, help="folder for adapter, log and meta.json")
+    add("--epochs", type=float, default=2, help="passes over the data [R]")
+    add("--batch", type=int, default=4, help="dialogues per optimiser step (1 x accumulation 4 [R])")
+    add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient (ours)")
+    add("--lr", type=float, default=1e-4, help="ours, for LoRA; 1e-5 [R] is for full fine-tuning")
+    add("--warmup", type=float, default=0.1, help="share of steps with rising rate, cosine to 0 after [R]")
+    add("--lora_r", type=int, default=32, help="rank (ours, untested at 3B)")
+    add("--lora_alpha", type=int, default=64, help="the update is scaled by alpha / r (ours, untested at 3B)")
+    add("--held_out", type=float, default=0.05, help="share of seeds kept for the held-out loss (ours)")
+    add("--eval_every", type=int, default=50, help="steps between two held-out losses (ours)")
+    add("--patience", type=int, default=0, help="stop when so many held-out losses in a row brought < 1 %% (0: never)")
+    add("--max_tokens", type=int, default=8192, help="longer dialogues lose whole trailing turns, counted ([R]: 32768)")
+    add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
+    add("--nf4", action=argparse.BooleanOptionalAction, default=True, help="4-bit base (QLoRA)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
+    add("--seed", type=int, default=0, help="initial LoRA weights, order of the data")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the student: loading
+
+@dataclass
+class Student:
+    """A Qwen2.5-VL checkpoint with what belongs to it. `seams`: the chat template's token ids between the texts of a
+    dialogue; `allowed` (V,): False for ids the policy must never emit (control tokens but <|im_end|>, unused rows)."""
+    model: torch.nn.Module
+    tok: object
+    image_processor: object
+    seams: dict
+    allowed: torch.Tensor
+    end: int  # <|im_end|>
+    pad: int  # <|image_pad|>, the placeholder of one image token
+
+    @property
+    def base(self):
+        """The Qwen2_5_VLForConditionalGeneration under the adapters, if any."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def load_student(path, nf4=True, max_pixels=512 * 512):
+    """Load a Qwen2.5-VL folder or hub name, frozen; bf16 on a GPU, fp32 on a CPU.
+
+    nf4: 4-bit NormalFloat with double quantisation, for the language model's linears only. bitsandbytes matches the
+    skip list with the start or the end of a name, so the tower is "model.visual"; and a list of one's own replaces the
+    default one, which had kept lm_head (trap 15).
+    max_pixels: image budget, set at construction (trap 13)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, device_map={"": device}, quantization_config=quant if nf4 else None)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks the weights at the first forward without gradients, for a bf16 kernel that
+        # has no backward: training after an evaluation would break. Keep one format, and fp32 arithmetic.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    tok, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+    image_processor.size["longest_edge"] = min(image_processor.size["longest_edge"], max_pixels)
+    return make_student(model, tok, image_processor)
+
+
+def make_student(model, tok, image_processor):
+    """Freeze the weights by hand (peft's helper would turn embeddings and tower into fp32, trap 19) and read the seams
+    of the chat template off a rendered dialogue: what stands between marks is the template's, to the last newline."""
+    model.requires_grad_(False).eval()
+    marks = ["@@system@@", "@@user@@", "@@reply@@", "@@again@@"]
+    chat = [{"role": r, "content": m} for r, m in zip(("system", "user", "assistant", "user"), marks)]
+    ids = lambda text: tok(text, add_special_tokens=False).input_ids
+    render = lambda chat: tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    seams, text = {}, render(chat)
+    for name, mark in zip(("system", "system_user", "user_assistant", "assistant_user"), marks):
+        piece, text = text.split(mark)
+        seams[name] = ids(piece)
+    seams["start_user"] = ids(render(chat[1:2]).split(marks[1])[0])  # a dialogue without a system message
+    token = tok.convert_tokens_to_ids
+    seams["image"] = [token("<|vision_start|>")], [token("<|vision_end|>")]
+    end, pad = token("<|im_end|>"), token("<|image_pad|>")
+    if seams["assistant_user"][0] != end:
+        raise ValueError("the chat template does not close a reply with <|im_end|>: not a ChatML template")
+    seams["assistant_user"] = seams["assistant_user"][1:]  # the terminator is the student's own token
+    allowed = torch.arange(model.lm_head.weight.shape[0]) < len(tok)
+    allowed[[i for i, t in tok.added_tokens_decoder.items() if t.special]] = False
+    allowed[end] = True
+    return Student(model, tok, image_processor, seams, allowed.to(model.device), end, pad)
+
+
+def add_lora(student, r, alpha):
+    """A new trainable adapter "policy"; B starts at 0, so the model is still the base. Dropout 0: the policy that is
+    scored must be the one that was sampled (trap 33)."""
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    student.model = get_peft_model(student.model, config, adapter_name="policy")
+
+
+def load_adapter(student, folder, name):
+    """Load a PEFT folder as adapter `name`; only one called "policy" is trainable. Raises ValueError when a weight of
+    the file finds no place or a place no weight: peft itself stays quiet (trap 21)."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    if isinstance(student.model, PeftModel):
+        student.model.add_adapter(name, config)
+    else:
+        student.model = get_peft_model(student.model, config, adapter_name=name)
+    result = set_peft_model_state_dict(student.model, load_file(Path(folder) / "adapter_model.safetensors"), name)
+    missing = [k for k in result.missing_keys if f".{name}." in k]
+    if result.unexpected_keys or missing:
+        raise ValueError(f"{folder}: the adapter does not fit the model: {(result.unexpected_keys + missing)[:3]}")
+    use_adapter(student, "policy")
+
+
+def use_adapter(student, name):
+    """Switch adapters; afterwards only "policy" is trainable, whatever peft did (trap 18)."""
+    student.model.base_model.set_adapter(name)
+    for key, p in student.model.named_parameters():
+        if "lora_" in key:
+            p.requires_grad_(".policy." in key)
+
+
+def save_adapter(student, folder):
+    """Write "policy" as a plain PEFT folder (peft would make a subfolder of the name)."""
+    state = get_peft_model_state_dict(student.model, adapter_name="policy")
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, Path(folder) / "adapter_model.safetensors")
+    student.model.peft_config["policy"].save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- the student: dialogues as tokens
+
+@dataclass
+class Row:
+    """One dialogue as tokens. `turn_id` is aligned with `ids`: the index of the assistant turn a token belongs to, -1
+    for everything the student did not say. Born together, never inferred from ids (trap 29)."""
+    ids: list = field(default_factory=list)
+    turn_id: list = field(default_factory=list)
+    images: list = field(default_factory=list)  # paths, in order of appearance
+    grids: list = field(default_factory=list)  # (height, width) of each image in merged tokens
+
+    def add(self, ids, turn=-1):
+        self.ids += ids
+        self.turn_id += [turn] * len(ids)
+
+
+def encode(student, text):
+    """Untrusted text -> ids. `<|im_end|>` in it becomes ordinary characters, never the control token (trap 7)."""
+    return student.tok(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def add_user(student, row, content, images, system=None):
+    """Append a user turn and the cue for the reply. content: a string, or parts {"type": "image"} / {"type": "text"};
+    images: paths, one for every image part. An image becomes height x width placeholders (trap 11)."""
+    seams = student.seams
+    if row.ids:
+        row.add(seams["assistant_user"])
+    elif system is not None:
+        row.add(seams["system"] + encode(student, system) + seams["system_user"])
+    else:
+        row.add(seams["start_user"])
+    images = iter(images)
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text":
+            row.add(encode(student, part["text"]))
+        else:
+            path = next(images)
+            height, width = image_grid(student, open_image(path))
+            row.images.append(path)
+            row.grids.append((height, width))
+            row.add(seams["image"][0] + [student.pad] * (height * width) + seams["image"][1])
+    row.add(seams["user_assistant"])
+
+
+def render(student, dialogue, max_tokens=None):
+    """A whole dialogue -> (Row, dropped turns). Whole turns go, from the end, when it is longer than max_tokens; an
+    image is never cut (trap 14). Raises ValueError when not even the first turn fits."""
+    row, turn, images, kept = Row(), 0, iter(dialogue["images"]), None
+    messages = dialogue["messages"]
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    for message in messages:
+        if message["role"] == "user":
+            parts = message["content"] if isinstance(message["content"], list) else []
+            paths = [next(images) for part in parts if part["type"] == "image"]
+            add_user(student, row, message["content"], paths, system)
+        elif message["role"] == "assistant":
+            row.add(encode(student, text_of(message["content"])) + [student.end], turn)
+            turn += 1
+            if max_tokens and len(row.ids) > max_tokens:
+                break
+            kept = len(row.ids), turn, len(row.images)
+    if kept is None:
+        raise ValueError(f"{dialogue['id']}: not even the first turn fits {max_tokens} tokens")
+    tokens, turn, n_images = kept
+    dropped = sum(m["role"] == "assistant" for m in messages) - turn
+    return Row(row.ids[:tokens], row.turn_id[:tokens], row.images[:n_images], row.grids[:n_images]), dropped
+
+
+def text_of(content):
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+def image_grid(student, image):
+    """(height, width) in tokens after merging, from the size alone: the pixels are not needed to count tokens."""
+    ip = student.image_processor
+    cell = ip.patch_size * ip.merge_size
+    height, width = smart_resize(image.height, image.width, cell, ip.size["shortest_edge"], ip.size["longest_edge"])
+    return height // cell, width // cell
+
+
+@torch.no_grad()
+def encode_images(student, paths):
+    """{path: features (height * width, H)}: the frozen tower runs once per distinct image, all later passes share it.
+    `pixel_values` is patch-flat, so features are split by each image's own grid (trap 12)."""
+    paths = sorted(set(paths))
+    if not paths:
+        return {}
+    inputs = student.image_processor(images=[open_image(p) for p in paths], return_tensors="pt")
+    inputs = inputs.to(student.base.device)
+    features = student.base.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    return dict(zip(paths, features))
+
+
+def mrope_positions(student, ids, grids, start=0):
+    """Qwen2.5-VL's three-axis positions (time, height, width) of consecutive tokens: text counts up on all three, the
+    tokens of an image share the time and spread over the grid, what follows goes on after the larger side.
+    -> ([(t, h, w), ..], next start); counted by hand because a cached forward would use stale offsets (trap 10)."""
+    positions, grids, i = [], iter(grids), 0
+    while i < len(ids):
+        if ids[i] == student.pad:
+            height, width = next(grids)
+            positions += [(start, start + y, start + x) for y in range(height) for x in range(width)]
+            start, i = start + max(height, width), i + height * width
+        else:
+            positions.append((start, start, start))
+            start, i = start + 1, i + 1
+    return positions, start
+
+
+def collate(student, rows):
+    """Rows -> ids (N, L), turn_id (N, L), positions (3, N, L), padded on the right. Under a causal mask no token sees
+    what comes after it, so right padding needs no attention mask at all."""
+    length, device = max(len(r.ids) for r in rows), student.base.device
+    pad = lambda values, fill: values + [fill] * (length - len(values))
+    ids = torch.tensor([pad(r.ids, student.end) for r in rows], device=device)
+    turn_id = torch.tensor([pad(r.turn_id, -1) for r in rows], device=device)
+    positions = [pad(mrope_positions(student, r.ids, r.grids)[0], (0, 0, 0)) for r in rows]
+    return ids, turn_id, torch.tensor(positions, device=device).permute(2, 0, 1)  # (N, L, 3) -> (3, N, L)
+
+
+# ---------------------------------------------------------------- the student: forward
+
+def hidden_states(student, ids, positions, features, mask=None, cache=None, language_model=None):
+    """ids (N, L), positions (3, N, L), features of the batch's images in order -> last hidden states (N, L, H).
+    mask (N, 1, L, S) bool, True = may look; None = causal. cache: keys and values of earlier tokens, see grpo.py."""
+    lm = language_model or student.base.model.language_model
+    embeds = lm.embed_tokens(ids)  # (N, L, H)
+    if features:
+        embeds[ids == student.pad] = torch.cat(features).to(embeds.dtype)
+    return lm(inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
+              past_key_values=cache, use_cache=False).last_hidden_state
+
+
+def policy_logits(student, hidden, temperature=1.0):
+    """(M, H) -> (M, V) fp32 logits of the distribution that is sampled: divided by the temperature (trap 28), -inf
+    where the policy must not go (trap 6). Sampler, loss and reference all come through here."""
+    logits = student.base.lm_head(hidden).float()
+    return logits.masked_fill(~student.allowed, -math.inf) / temperature
+
+
+def token_logps(student, hidden, targets, temperature=1.0, chunk=2048):
+    """hidden (M, H), targets (M,) -> log-probabilities (M,), entropies (M,). The (M, V) logits never exist at once:
+    chunk by chunk, recomputed in the backward pass, so memory does not grow with M (trap 22)."""
+    def piece(hidden, targets):
+        logits = policy_logits(student, hidden, temperature)
+        logps = logits.log_softmax(-1)  # (m, V)
+        with torch.no_grad():
+            entropy = -(logps.exp() * logps.masked_fill(~student.allowed, 0.0)).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy  # (m, 1) -> (m,)
+
+    pieces = [checkpoint(piece, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    return tuple(torch.cat(x) for x in zip(*pieces))
+
+
+def reply_logps(student, rows, images, temperature=1.0):
+    """Log-probabilities and entropies (M,) of all tokens the student said in these rows, row by row in order; images:
+    {path: features}. Hidden states are picked before lm_head, so context costs no logits."""
+    ids, turn_id, positions = collate(student, rows)
+    features = [images[path] for row in rows for path in row.images]
+    hidden = hidden_states(student, ids, positions, features)
+    said = turn_id[:, 1:] >= 0  # (N, L-1): position l predicts token l + 1
+    return token_logps(student, hidden[:, :-1][said], ids[:, 1:][said], temperature)
+
+
+def micro_batches(rows, budget):
+    """Indices of rows, sorted by length and cut so that rows x longest <= budget padded tokens (one row at least)."""
+    batches, batch = [], []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
+        if batch and (len(batch) + 1) * len(rows[i].ids) > budget:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return batches + [batch]
+
+
+# ---------------------------------------------------------------- training
+
+def epoch_order(n, batch, seed, epoch):
+    """A permutation of one epoch that depends on (seed, epoch) alone, cut into batches. Not sorted by length, which
+    goes with the kind of dialogue: a batch of one kind is a biased step. Micro-batches sort within the batch."""
+    order = random.Random(f"{seed}/{epoch}").sample(range(n), n)
+    return [order[i:i + batch] for i in range(0, n, batch)]
+
+
+def loss_over(student, dialogues, args, backward=False):
+    """Mean negative log-likelihood per trained token. The sum of all micro-batches is divided by the number of tokens
+    of the whole step, so the split changes neither loss nor gradient (trap 31)."""
+    rows = [render(student, d, args.max_tokens)[0] for d in dialogues]
+    images = encode_images(student, [path for row in rows for path in row.images])
+    tokens, total = sum(t >= 0 for row in rows for t in row.turn_id), 0.0
+    for batch in micro_batches(rows, args.micro_tokens):
+        with torch.set_grad_enabled(backward):
+            logps, _ = reply_logps(student, [rows[i] for i in batch], images)
+            loss = -logps.sum() / tokens
+        if backward:
+            loss.backward()
+        total += loss.item()
+    return total, tokens
+
+
+def show_trained(student, row):
+    """The first dialogue as the loss sees it: trained tokens in brackets, so that a mask can be seen."""
+    text, inside = "", False
+    for i, turn in zip(row.ids, row.turn_id):
+        if i != student.pad:
+            text += "[" * (turn >= 0 and not inside) + "]" * (turn < 0 and inside) + student.tok.decode([i])
+            inside = turn >= 0
+    return text + "]" * inside
+
+
+def rate(step, steps, warmup):
+    """Linear warm-up over a share of the steps, then a cosine to 0 ([R]); a factor on lr."""
+    rise = max(1, int(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    refuse_overwrite(args.out)
+    started = time.time()
+    dialogues = read_dialogues(args.data, args.skip_bad)
+    student = load_student(args.model, args.nf4, args.max_pixels)
+    torch.manual_seed(args.seed)
+    add_lora(student, args.lora_r, args.lora_alpha)
+    if args.checkpointing:
+        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # held-out dialogues by seed, so that no sibling of a training dialogue is among them
+    seeds = sorted({d["seed_id"] for d in dialogues})
+    held = set(random.Random(f"{args.seed}/held").sample(seeds, int(args.held_out * len(seeds))))
+    train, test = [d for d in dialogues if d["seed_id"] not in held], [d for d in dialogues if d["seed_id"] in held]
+    rendered = [render(student, d, args.max_tokens) for d in train]
+    lengths = [len(row.ids) for row, _ in rendered]
+    print(f"{len(train)} dialogues, {sum(lengths)} tokens; {len(test)} held out; "
+          f"{sum(n for _, n in rendered)} turns dropped beyond {args.max_tokens} tokens")
+    print("first dialogue, trained tokens in brackets:\n" + show_trained(student, rendered[0][0]))
+
+    params = [p for p in student.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
+    per_epoch = math.ceil(len(train) / args.batch)
+    steps = max(1, round(args.epochs * per_epoch))
+    log, best, waited = open(Path(args.out) / "log.jsonl", "w"), math.inf, 0
+    for step in (bar := tqdm(range(steps), "sft", mininterval=1)):
+        if step % per_epoch == 0:
+            batches = epoch_order(len(train), args.batch, args.seed, step // per_epoch)
+        begun = time.time()
+        student.model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate(step, steps, args.warmup)
+        loss, tokens = loss_over(student, [train[i] for i in batches[step % per_epoch]], args, backward=True)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        line = {"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens, "seconds": time.time() - begun}
+        bar.set_postfix_str(f"loss {loss:.3f}")
+        if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+            student.model.eval()
+            line["held_out"], _ = loss_over(student, test, args)
+            tqdm.write(f"step {step + 1}/{steps} | loss {loss:.4f} | held-out loss {line['held_out']:.4f}")
+            waited = 0 if line["held_out"] < 0.99 * best else waited + 1
+            best = min(best, line["held_out"])
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        if args.patience and waited >= args.patience:
+            tqdm.write(f"held-out loss is flat: {waited} times in a row less than 1 % better; done")
+            break
+    save_adapter(student, args.out)
+    write_meta(args, started, step=step + 1)
+    print(f"adapter in {args.out}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
