@@ -405,7 +405,7 @@ def main(args):
     per_epoch = len(dialogues) // args.prompts
     steps = max(1, round(args.epochs * per_epoch))
     log, book = (open(Path(args.out, name), "w") for name in ("log.jsonl", "rollouts.jsonl"))
-    for step in (bar := tqdm(range(steps), "grpo", mininterval=1)):
+    for step in (bar := tqdm(range(steps), "grpo", mininterval=1, disable=None)):
         clock = [time.time()]
         at = step % per_epoch * args.prompts
         batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]

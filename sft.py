@@ -15,13 +15,14 @@ Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one
 
 import argparse
 import json
+import logging
 import math
-import os
 import random
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel package it does not need
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -413,7 +414,7 @@ def main(args):
     per_epoch = math.ceil(len(train) / args.batch)
     steps = max(1, round(args.epochs * per_epoch))
     log, best, waited = open(Path(args.out) / "log.jsonl", "w"), math.inf, 0
-    for step in (bar := tqdm(range(steps), "sft", mininterval=1)):
+    for step in (bar := tqdm(range(steps), "sft", mininterval=1, disable=None)):
         if step % per_epoch == 0:
             batches = epoch_order(len(train), args.batch, args.seed, step // per_epoch)
         begun = time.time()

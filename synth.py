@@ -60,8 +60,8 @@ def parse_args(argv=None):
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
     every = [*judge.STRATEGIES]
-    add("--sft_strategies", nargs="+", default=every, help="strategies of the SFT dialogues; benign ones ask in the same ways")
-    add("--rl_strategies", nargs="+", default=every, help="strategies of the RL scripts")
+    add("--sft_strategies", nargs="+", default=every, help="strategies of the red-team and obfuscated SFT dialogues")
+    add("--rl_strategies", nargs="+", default=every, help="strategies of RL; benign SFT dialogues ask in all these ways, so that the way alone tells nothing")
     add("--bench_strategies", nargs="+", default=every, help="strategies of the bench")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
     add("--seed", type=int, default=0, help="numbers of turns, splits")
@@ -264,7 +264,8 @@ def write_dialogues(seeds, ask, args):
     for s in seeds:
         low, high = (2, 10) if s["split"] == "bench" else TURNS[s["kind"]]  # the bench spans 2 to 10 turns [S]
         n = random.Random(f"{args.seed}/{s['seed_id']}").randint(low, high)
-        names = {k: judge.STRATEGIES[k] for k in ways[s["split"]]} | judge.EVOLUTIONS
+        names = args.rl_strategies if s["split"] == "sft" and s["kind"] == "benign" else ways[s["split"]]
+        names = {k: judge.STRATEGIES[k] for k in names} | judge.EVOLUTIONS
         plans.append(request(ATTACKER_SYSTEM, {"kind": s["kind"], "question": s["question"], "turns": n,
                                                "strategies": names}, s))
     plans, _ = judge.ask_and_read(ask, plans, read_plan)
@@ -273,7 +274,7 @@ def write_dialogues(seeds, ask, args):
     for s in seeds:
         if plan := by_id[s.get("twin_of", s["id"])]:
             work.append((s, plan, []))
-    for t in tqdm(range(10), "defender, turn by turn"):
+    for t in tqdm(range(10), "defender, turn by turn", disable=None):
         active = [w for w in work if len(w[2]) == t < len(w[1])]
         asks = [request(DEFENDER_SYSTEM, {"dialogue": said + [{"user": plan[t]["user"]}]}, s) for s, plan, said in active]
         replies, _ = judge.ask_and_read(ask, asks, read_reply)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import eval_stats as E
+import eval as E
 
 
 def sample(name, scores, kind="red_team", seed=None, refused=False, attacker="adaptive", error=None, category="c"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import eval_stats as E
+import eval as E
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

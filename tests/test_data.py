@@ -1,0 +1,399 @@
+"""synth.py: the data format, what becomes of bad records, the splits, and that others can read the files."""
+import json
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+
+import judge
+import sft
+import synth
+from conftest import HOSTILE
+
+
+def record(**change):
+    return {"id": "a", "seed_id": "s", "kind": "red_team", "strategy": "", "category": "", "split": "sft", "images": ["x.png"],
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]},
+                         {"role": "assistant", "content": "no"}], **change}
+
+
+def said(*messages):
+    return [{"role": r, "content": c} for r, c in messages]
+
+
+TEXT = {"images": [], "messages": said(("user", "hi"), ("assistant", "no"))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "data/x.png")
+    return tmp_path / "data"
+
+
+def write(folder, *records, name="d.jsonl"):
+    path = folder / name
+    path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records))
+    return str(path)
+
+
+def refused(capsys, path, code=2):
+    """-> the lines that say why"""
+    with pytest.raises(SystemExit) as stopped:
+        synth.read_dialogues([path])
+    assert stopped.value.code == code
+    return capsys.readouterr().err.splitlines()
+
+
+# ---------------------------------------------------------------- records
+
+BAD = {  # what stands before the next colon of the message: the field
+    "record": [b"{\n", b"\n", b"null\n", b"[1]\n", b'"x"\n', b"\xff\xfe{}\n", b"[" * 100000 + b"\n",
+               json.dumps(record()).encode()[:60] + b"\n"],
+    "id": [record(id=None), record(id=7), record(id=""), record(id=["a"]), {}],
+    "seed_id": [record(seed_id=3), record(seed_id="")],
+    "kind": [record(kind="evil"), record(kind=None), record(kind=["benign"])],
+    "images": [record(images=None), record(images="x.png"), record(images=[1]), record(images=[]), record(images=["x.png"] * 2),
+               record(images=["gone.png"]), record(images=["../secret.png"]), record(images=["/etc/hostname"]), record(images=["."]),
+               record(images=["d.jsonl"]), record(images=["x\0.png"]), record(images=["x" * 5000 + ".png"])],
+    "messages": [record(messages=m) for m in (
+        None, [], {}, ["hi"], [None], said(("user", None)), said(("user", 3)), said(("assistant", "no")), said(("system", "be")),
+        said(("user", "a"), ("user", "b")), said(("user", "a"), ("assistant", "b"), ("system", "c")), said(("tool", "a")),
+        said(("user", "")), said(("user", " \n")), said(("user", "hi"), ("assistant", "")),
+        said(("user", ["hi"])), said(("user", [{"type": "video"}])), said(("user", [{"type": "text"}])), said(("user", [{}])),
+        said(("user", [{"type": "text", "text": None}])), said(("user", "hi"), ("assistant", [{"type": "image"}])),
+        [{"role": "user"}], [{"content": "hi"}], [{"role": ["user"], "content": "hi"}])] + [
+        record(images=[], messages=m) for m in (said(("user", []), ("assistant", "no")), said(("user", "hi"), ("assistant", [])))],
+}
+
+
+@pytest.mark.parametrize("field, bad", [(f, b) for f, rows in BAD.items() for b in rows])
+def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field, bad):
+    path = write(folder, record(id="ok"), bad, record(id="ok2"))
+    lines = refused(capsys, path)
+    assert lines[0].startswith(f"{path}:2: {field}: "), lines[0]
+    assert lines[1] == "1 bad records" and len(lines) == 3
+    assert [d["id"] for d in synth.read_dialogues([path], skip_bad=True)] == ["ok", "ok2"]
+
+
+def test_the_first_twenty_are_named_and_all_counted(folder, capsys):
+    path = write(folder, record(id="ok"), *[record(id=f"b{i}", kind="?") for i in range(33)])
+    lines = refused(capsys, path)
+    assert len(lines) == 22 and lines[19].startswith(f"{path}:21: kind") and lines[20] == "33 bad records"
+
+
+def test_ids_are_unique_over_files_and_files_must_be_there(folder, capsys):
+    path, more = write(folder, record(), record()), write(folder, record(), name="e.jsonl")
+    assert refused(capsys, path)[0] == f"{path}:2: id: a appears twice"
+    with pytest.raises(SystemExit):
+        synth.read_dialogues([more, path])
+    err = capsys.readouterr().err
+    assert f"{path}:1: id: a appears twice" in err and f"{path}:2: id: a appears twice" in err
+    assert len(synth.read_dialogues([more, path], skip_bad=True)) == 1
+    assert "no such file" in refused(capsys, str(folder / "gone.jsonl"))[-1]
+    assert "no usable record" in refused(capsys, write(folder, name="empty.jsonl"))[-1]
+    with pytest.raises(SystemExit) as stopped:
+        synth.read_dialogues([write(folder, record(kind=1), name="bad.jsonl")], skip_bad=True)
+    assert stopped.value.code == 2
+
+
+def test_bom_crlf_and_a_last_line_without_newline(folder):
+    lines = [json.dumps(record(id=f"ü{i}", **TEXT), ensure_ascii=False).encode() for i in range(3)]
+    (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    assert [d["id"] for d in synth.read_dialogues([str(folder / "d.jsonl")])] == ["ü0", "ü1", "ü2"]
+
+
+def test_what_a_good_record_becomes(folder):
+    few = {k: v for k, v in record(id="b").items() if k in ("id", "seed_id", "kind", "images", "messages")}
+    nothing = {k: v for k, v in {**few, "id": "c", "messages": TEXT["messages"]}.items() if k != "images"}
+    a, b, c = synth.read_dialogues([write(folder, record(), few, nothing)])
+    assert a["images"] == [str(folder / "x.png")] and (b["category"], b["strategy"], b["split"]) == ("", "", "")
+    assert synth.user_turns(a) == [(a["messages"][0]["content"], a["images"])] and synth.user_turns(c) == [("hi", [])]
+
+
+def test_half_a_character_is_a_bad_record(folder, capsys, student):
+    """An emoji cut in half by somebody's tool: valid JSON, but no tokenizer and no file takes it."""
+    path = write(folder, record(**{**TEXT, "messages": said(("user", "hi \ud83d"), ("assistant", "no"))}))
+    lines = refused(capsys, path)
+    assert lines[0].startswith(f"{path}:1: ")
+
+
+def paths_of(value, at=()):
+    yield at
+    for k, v in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+        yield from paths_of(v, (*at, k))
+
+
+def put(value, at, new):
+    if not at:
+        return new
+    value = value.copy()
+    value[at[0]] = put(value[at[0]], at[1:], new)
+    return value
+
+
+JUNK = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4) | st.sampled_from(
+    ["user", "system", "image", "text", "x.png", "../x.png", "benign", HOSTILE, "\0", "\ud83d", "x" * 300]),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "role", "content", "id", "x"]), x, max_size=3),
+    max_leaves=5)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.data())
+def test_no_mutation_of_a_record_brings_a_traceback(folder, student, data):
+    """Whatever is changed in a record: it is named and refused, or it can be rendered and rolled out."""
+    good = record(messages=said(("system", "be"), *((m["role"], m["content"]) for m in record()["messages"]), ("user", "more")))
+    at = data.draw(st.sampled_from(list(paths_of(good))))
+    bad = put(good, at, data.draw(JUNK))
+    line = json.dumps(bad).encode()
+    if data.draw(st.booleans()):
+        cut = data.draw(st.integers(0, len(line)))
+        line = line[:cut] + data.draw(st.binary(max_size=3)) + line[data.draw(st.integers(cut, len(line))):]
+    path = write(folder, line.replace(b"\n", b" ") + b"\n", record(id="the good one"))
+    try:
+        dialogues = synth.read_dialogues([path], skip_bad=True)
+    except SystemExit as stopped:
+        assert stopped.code == 2
+        return
+    assert len(dialogues) in (1, 2) and dialogues[-1]["id"] == "the good one"
+    for d in dialogues:
+        if any(m["role"] == "assistant" for m in d["messages"]):
+            row, _ = sft.render(student, d)
+            assert row.ids.count(student.pad) == sum(h * w for h, w in row.grids)
+        assert synth.user_turns(d)
+        json.dumps(d, ensure_ascii=False).encode()
+
+
+# ---------------------------------------------------------------- pictures
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_header(width, height):
+    """A picture that says it is huge, in 60 bytes."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_odd_pictures_open_and_broken_ones_are_named(folder, capsys):
+    noise = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3600))
+    frames = [Image.new("P", (20, 20), i) for i in range(3)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    noise.convert("CMYK").save(folder / "cmyk.jpg")
+    noise.quantize(16).save(folder / "palette.png", transparency=0)
+    noise.convert("LA").save(folder / "grey.png")
+    Image.new("RGB", (20, 4000)).save(folder / "edge.png")
+    noise.save(folder / "misnamed.txt", "PNG")
+    good = ["moving.gif", "cmyk.jpg", "palette.png", "grey.png", "edge.png", "misnamed.txt"]
+    for name in good:
+        assert synth.open_image(folder / name).mode == "RGB"
+    noise.save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:300])
+    noise.save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "flipped.png").write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
+    Image.new("RGB", (1, 4000)).save(folder / "sliver.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_bytes(b"<svg/>")
+    for name, size in (("large", (9000, 9000)), ("bomb", (20000, 20000)), ("huge", (2 ** 31 - 1, 2 ** 31 - 1))):
+        (folder / f"{name}.png").write_bytes(png_header(*size))
+    broken = ["cut.jpg", "cut.png", "flipped.png", "sliver.png", "empty.png", "text.png", "large.png", "bomb.png", "huge.png"]
+    for name in broken:
+        with pytest.raises(ValueError, match=name):
+            synth.open_image(folder / name)
+    path = write(folder, *[record(id=n, images=[n]) for n in good + broken])
+    lines = refused(capsys, path)
+    assert len(lines) == len(broken) + 2
+    assert all(l.startswith(f"{path}:{i}: images: ") and name in l for l, i, name in zip(lines, range(7, 99), broken))
+    assert len(synth.read_dialogues([path], skip_bad=True)) == len(good)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"]), st.integers(0, 2000), st.binary(min_size=1, max_size=6))
+def test_no_damage_to_a_picture_brings_a_traceback(folder, kind, at, junk):
+    path = folder / "p"
+    Image.new("RGB", (24, 24), (9, 99, 200)).save(path, kind)
+    data = path.read_bytes()
+    at %= len(data)
+    path.write_bytes(data[:at] + junk + data[at + len(junk):])
+    try:
+        assert synth.open_image(path).mode == "RGB"
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_no_link_and_no_detour_leads_out_of_the_folder(folder):
+    Image.new("RGB", (9, 9)).save(folder.parent / "secret.png")
+    (folder / "sub").mkdir()
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    for path in ("../secret.png", "sub/../../secret.png", str(folder.parent / "secret.png"), "link.png"):
+        assert "outside" in synth.check_dialogue(record(images=[path]), folder)
+    assert synth.check_dialogue(record(images=["sub/../x.png"]), folder) is None
+
+
+def test_the_picture_for_a_back_end_is_a_png_of_512_pixels_at_most(folder):
+    import io
+    Image.new("CMYK", (1500, 700)).save(folder / "big.jpg")
+    image = Image.open(io.BytesIO(synth.image_png(str(folder / "big.jpg"))))
+    assert (image.format, image.mode) == ("PNG", "RGB") and max(image.size) == 512 and image.size[1] in (238, 239)
+
+
+# ---------------------------------------------------------------- splits
+
+def seeds_in(folder, links, fixed=()):
+    """links: (seed_id, picture) of each seed"""
+    for _, picture in links:
+        if not (folder / f"{picture}.png").exists():
+            Image.new("RGB", (4, 4), (picture % 256, picture // 256, 7)).save(folder / f"{picture}.png")
+    return [{"id": str(i), "seed_id": f"s{s}", "image": f"{p}.png", "folder": str(folder), **({"split": fixed[i]} if i in fixed else {})}
+            for i, (s, p) in enumerate(links)]
+
+
+def test_what_shares_a_seed_or_a_picture_is_in_one_split(folder):
+    rng = random.Random(0)
+    for trial in range(30):
+        links = [(rng.randint(0, 25), rng.randint(0, 25)) for _ in range(22)]
+        out = synth.split_seeds(seeds_in(folder, links), (1, 1, 1), trial)
+        for (s, p), a in zip(links, out):
+            assert {b["split"] for (t, q), b in zip(links, out) if s == t or p == q} == {a["split"]}
+        mixed = list(range(22))
+        rng.shuffle(mixed)
+        again = synth.split_seeds(seeds_in(folder, [links[i] for i in mixed]), (1, 1, 1), trial)
+        assert [out[i]["split"] for i in mixed] == [a["split"] for a in again]  # the order of the file does not matter
+
+
+def test_splits_have_their_shares_and_keep_what_is_fixed(folder):
+    links = [(i, i) for i in range(600)]
+    count = lambda out: [sum(s["split"] == k for s in out) / len(out) for k in ("sft", "rl", "bench")]
+    out = synth.split_seeds(seeds_in(folder, links), (0.75, 0.10, 0.15), 0)
+    assert count(out) == pytest.approx([.75, .10, .15], abs=.05)
+    assert count(synth.split_seeds(seeds_in(folder, links), (0, 0, 2), 0)) == [0, 0, 1]
+    assert [s["split"] for s in out] != [s["split"] for s in synth.split_seeds(seeds_in(folder, links), (0.75, 0.10, 0.15), 1)]
+    chain = synth.split_seeds(seeds_in(folder, [(1, 1), (1, 2), (3, 2), (4, 4)], {2: "rl"}), (0, 0, 1), 0)
+    assert [s["split"] for s in chain] == ["rl", "rl", "rl", "bench"]
+
+
+# ---------------------------------------------------------------- Stage I
+
+def synth_run(folder, seeds, *more):
+    (folder / "seeds.jsonl").write_text("".join(json.dumps(s) + "\n" for s in seeds))
+    synth.main(synth.parse_args(["--seeds", str(folder / "seeds.jsonl"), "--generator", "toy", "--out", str(folder / "out"), *more]))
+
+
+def seed(**change):
+    return {"id": "a", "seed_id": "s", "image": "x.png", "question": "q", "kind": "benign", "category": "", **change}
+
+
+@pytest.mark.parametrize("field, bad", [
+    ("id", {"id": None}), ("seed_id", {"seed_id": 1}), ("image", {"image": None}), ("image", {"image": "gone.png"}),
+    ("image", {"image": "x\0.png"}), ("question", {"question": ""}), ("kind", {"kind": "odd"}), ("split", {"split": "train"}),
+    ("split", {"split": ["sft"]}), ("twin_of", {"twin_of": ["a"]}),
+])
+def test_bad_seeds_are_named_before_any_work(folder, capsys, field, bad):
+    with pytest.raises(SystemExit) as stopped:
+        synth_run(folder, [seed(**bad)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"seeds.jsonl:1: {field}" in error and not (folder / "out").exists()
+
+
+def test_dialogues_of_every_kind_have_their_lengths(world):
+    for split in ("sft", "rl", "bench"):
+        dialogues = synth.read_dialogues([str(world / f"{split}.jsonl")])
+        assert dialogues and len({d["id"] for d in dialogues}) == len(dialogues)
+        for d in dialogues:
+            low, high = (2, 10) if split == "bench" else synth.TURNS[d["kind"]]
+            assert low <= len(d["messages"]) // 2 <= high and d["split"] == split
+            assert all(judge.split_reply(sft.text_of(m["content"]))[2] for m in d["messages"] if m["role"] == "assistant")
+    twins = {d["id"]: d for d in dialogues}
+    pairs = [(d, twins[d["id"] + "-twin"]) for d in dialogues if d["id"] + "-twin" in twins]
+    assert len(pairs) == len(dialogues) // 2
+    for harmful, benign in pairs:  # the same words about another picture
+        words = lambda d: [sft.text_of(m["content"]) for m in d["messages"] if m["role"] == "user"]
+        assert words(harmful) == words(benign) and harmful["images"] != benign["images"] and benign["kind"] == "benign"
+        assert harmful["seed_id"] == benign["seed_id"]
+
+
+def test_a_generator_that_answers_anyhow_costs_dialogues_not_the_run(folder, monkeypatch, capsys):
+    """Plans and replies of a served model: what cannot be used is counted as failed, nothing raises."""
+    turns = [{"user": "one?", "strategy": "yes_ladder"}, {"user": "two?", "strategy": ["deepen"]}, {"user": "three?"}]
+    plans = {"good": turns, "list": "x", "none": None, "empty": [], "long": turns * 9, "odd": [{"user": 3}], "half": turns}
+    for i, name in enumerate(plans):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{name}.png")
+
+    def ask(requests):
+        replies = []
+        for r in requests:
+            document = json.loads(r["text"].split(judge.REPAIR)[0])
+            if "question" in document:
+                replies.append(json.dumps({"turns": plans[document["question"]]}))
+            else:
+                last = document["dialogue"][-1]["user"]
+                fine = json.dumps({"reply": f"<thinking>t</thinking><answer>to {last}</answer>"})
+                replies.append(None if last == "two?" and r["image"] == half else fine)
+        return replies
+    half = synth.image_png(str(folder / "half.png"))
+    monkeypatch.setattr(judge, "backend", lambda spec: ask)
+    synth_run(folder, [seed(id=n, seed_id=n, image=f"{n}.png", question=n) for n in plans], "--splits", "1", "0", "0")
+    done = synth.read_dialogues([str(folder / "out/sft.jsonl")])
+    assert [d["id"] for d in done] == ["good"] and "failed 6" in capsys.readouterr().out
+    assert sft.text_of(done[0]["messages"][5]["content"]) == "<thinking>t</thinking><answer>to three?</answer>"
+
+
+def test_the_same_seed_writes_the_same_files(world, tmp_path):
+    for name in ("a", "b"):
+        synth.main(synth.parse_args(["--seeds", str(world.parent / "seeds/seeds.jsonl"), "--generator", "toy", "--out", str(tmp_path / name)]))
+    for name in ("sft", "rl", "bench"):
+        assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------- other people's tools
+
+def test_the_files_load_in_datasets_and_train_in_trl_from_their_folder(world, base, monkeypatch, tmp_path):
+    """Two steps of TRL's SFTTrainer; the processor is Qwen2.5-VL's without its video half, which needs torchvision."""
+    import datasets
+    import transformers
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    from transformers.processing_utils import ProcessorMixin
+    from trl import SFTConfig, SFTTrainer
+
+    class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    monkeypatch.chdir(world)  # image paths are relative to the file
+    ours = synth.read_dialogues(["sft.jsonl"])
+    data = datasets.load_dataset("json", data_files="sft.jsonl", split="train", cache_dir=str(tmp_path / "cache"))
+    assert data["id"] == [d["id"] for d in ours] and set(ours[0]) - {"folder"} <= set(data.column_names)
+    data = data.select_columns(["images", "messages"]).cast_column("images", datasets.List(datasets.Image()))
+    student = sft.load_student(base, False)
+    processor = ImageOnlyQwen2_5_VLProcessor(student.image_processor, student.tok, chat_template=student.tok.chat_template)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    seen = []
+
+    class Watched(SFTTrainer):
+        def training_step(self, model, inputs, *rest, **more):
+            seen.append((inputs["input_ids"], inputs["image_grid_thw"]))
+            return super().training_step(model, inputs, *rest, **more)
+    trainer = Watched(model=model, train_dataset=data, processing_class=processor, args=SFTConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=2, per_device_train_batch_size=2, max_length=None, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-3,
+        dataloader_pin_memory=False))
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+    rendered = {tuple(sft.render(student, d)[0].ids) for d in ours}
+    for ids, grid in seen:  # TRL reads the same tokens as we do, to the newline behind the last turn
+        assert grid.tolist() == [[1, 8, 8]] * 2
+        for row in ids.tolist():
+            row = [i for i in row if i != student.tok.pad_token_id]
+            assert tuple(row[:len(row) - row[::-1].index(student.end)]) in rendered
