@@ -62,7 +62,7 @@ def parse_args(argv=None):
 def respond_with(ask, strategies):
     """-> respond(talks) for grpo.rollout. ask None: the script's next turn; else the tutor's, the script's where it has
     none. The dialogue has as many turns as its script, so both attackers see dialogues of equal length."""
-    from synth import image_png, user_turns
+    from synth import user_turns
 
     def respond(talks):
         said = [None] * len(talks)
@@ -161,7 +161,7 @@ def publish(res, folders, out):
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     data = {"title": f"nanoSteer: {', '.join(res['arms'])}", "results": res, "samples": samples, "images": images}
     Path(out, "report.html").write_text(fill_report(template, data), encoding="utf-8")
-    print_table(res)
+    print_tables(tables(res))
 
 
 def compare_runs(argv):
@@ -181,13 +181,18 @@ def compare_runs(argv):
 
 
 def report(argv):
-    """eval.py report results.json [--markdown]: print the tables of a results file again."""
+    """eval.py report FILE.. [--markdown]: the tables of a results.json again; of several, one a training seed: how far
+    the arms differ from seed to seed."""
     p = argparse.ArgumentParser(prog="eval.py report", description=report.__doc__)
-    p.add_argument("results", help="a results.json")
+    p.add_argument("results", nargs="+", help="results.json files, one a training seed")
     p.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
+    p.add_argument("--svg", help="also write the survival curves of the first file as a picture")
     args = p.parse_args(argv)
-    res = json.loads(Path(args.results).read_text())
-    print(markdown(res)) if args.markdown else print_table(res)
+    files = [json.loads(Path(path).read_text()) for path in args.results]
+    show = tables(files[0]) if len(files) == 1 else seed_tables(files)
+    if args.svg:
+        Path(args.svg).write_text(survival_svg(files[0]), encoding="utf-8")
+    print(markdown(show)) if args.markdown else print_tables(show)
 
 
 # ---------------------------------------------------------------- metrics
@@ -525,11 +530,12 @@ def percent(entry):  # "41.3 [38.0, 44.6] 200"
     return "–" if value is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] {entry['n']}"
 
 
+def label(name):
+    return LABEL.get(name, name)
+
+
 def tables(res):
     """results.json -> (title, header, rows of strings) of each table, in percent, for terminal and README alike."""
-    def label(name):
-        return LABEL.get(name, name)
-
     def side_by_side(arms):
         return [[label(name)] + [percent(entries[metric]) for metric in HEADLINE] for name, entries in arms.items()]
 
@@ -569,18 +575,29 @@ def tables(res):
         for name, entries in res["arms"].items() for metric, e in entries.items() if e["unscored"]]
 
 
-def print_table(res):
-    for title, header, rows in tables(res):
+def seed_tables(runs):
+    """Several results.json, one a training seed: every value, and the mean paired difference with Student's t."""
+    arms = list(runs[0]["arms"])
+    yield f"{len(runs)} training seeds, every one shown, %: {', '.join(label(a) for a in arms)}", ["seed", *HEADLINE], [
+        [str(seed)] + [" → ".join("–" if (v := run["arms"][a][m]["value"]) is None else f"{100 * v:.1f}" for a in arms)
+                       for m in HEADLINE] for seed, run in enumerate(runs)]
+    gaps = [(a, b, over_training_seeds(dict(enumerate(runs)), a, b)) for a, b in itertools.pairwise(arms)]
+    yield "mean difference over the seeds [95 %, Student's t on paired differences] seeds", ["", *HEADLINE], [
+        [f"{label(a)} → {label(b)}"] + [percent(gap[m]) for m in HEADLINE] for a, b, gap in gaps]
+
+
+def print_tables(shown):
+    for title, header, rows in shown:
         if rows:
             widths = [max(map(len, column)) for column in zip(header, *rows)]
             lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [header, *rows]]
             print(f"\n{title}", lines[0], "─" * len(lines[0]), *lines[1:], sep="\n")
 
 
-def markdown(res):
+def markdown(shown):
     """What the README shows; a test compares the two, so it depends on nothing but results.json."""
     return "\n".join(f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in [
-        header, ["---"] * len(header), *rows]) for title, header, rows in tables(res) if rows)
+        header, ["---"] * len(header), *rows]) for title, header, rows in shown if rows)
 
 
 def survival_svg(res):
@@ -600,7 +617,7 @@ def survival_svg(res):
         body.append(f'<g stroke="{colour}" fill="none"><path stroke-width="2.2" d="M{x(0)} {y(1)}{steps}h14"/>'
                     f'<path stroke-width="1.6" stroke-opacity=".75" d="{bars}"/></g>'
                     f'<text x="{x(HORIZON) + 24}" y="{50 + 20 * row}" '
-                    f'style="fill:{colour}">{html.escape(LABEL.get(name, name))}, n = {c["n"]}</text>')
+                    f'style="fill:{colour}">{html.escape(label(name))}, n = {c["n"]}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 316" role="img" font-size="12" '
             f'font-family="system-ui, sans-serif" fill="#808890"><title>Dialogues without a harmful turn</title>'
             f'<text x="56" y="20">Harmful dialogues still without a harmful turn, 95 % intervals, one run an arm</text>'

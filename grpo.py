@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +110,8 @@ class Cache:
 
     def keep(self, rows):
         """Rows whose dialogue goes on move to the front; the rest leave the batch."""
+        if len(rows) == len(self.attend):
+            return
         for layer in range(len(self.kv)):
             self.kv[layer][:, :len(rows)] = self.kv[layer][:, rows]
             self.kv[layer] = self.kv[layer][:, :len(rows)]
@@ -126,6 +127,7 @@ class Talk(Row):
     logps: list = field(default_factory=list)  # of the sampled tokens, as the sampler saw them
     cached: int = 0  # ids whose keys and values are in the cache
     position: int = 0  # the next token's
+    cut: bool = False  # lost trailing turns for want of room
 
 
 def noise(key, turn, n):
@@ -190,11 +192,15 @@ def rollout(student, dialogues, keys, respond, args, images, lm=None):
     cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
     active, said = talks, [(*user_turns(d)[0], d["strategy"]) for d in dialogues]
     while active:
+        lengths = [len(talk.ids) for talk in active]
         chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]
         width = max(len(ids) for ids, _ in chunks)
         if cache.used + width + args.max_new > args.max_tokens:
-            for talk in active:  # no room for another turn: what was said stays, whole turns go (trap 14)
-                talk.turns.pop()
+            if not cache.used:
+                raise ValueError(f"--max_tokens {args.max_tokens} has no room for the first turn")
+            for talk, n in zip(active, lengths):  # no room for another turn: whole turns go, and are counted (trap 14)
+                del talk.ids[n:], talk.turn_id[n:], talk.turns[-1]
+                talk.cut = True
             break
         left = lambda values, fill: [fill] * (width - len(values)) + values
         ids = torch.tensor([left(i, student.end) for i, _ in chunks], device=device)  # (N, W), padded on the left
@@ -257,9 +263,11 @@ def close_turn(student, talk, ids, logps):
 
 # ---------------------------------------------------------------- the tutor
 
-def tutor_turn(ask, args, strategies, count):
+def tutor_turn(ask, args):
     """-> respond(talks) for `rollout`: one batched call scores every talk's last turn and writes the next one. A score
-    that is missing stays None; without a usable next turn the script goes on, and both are counted."""
+    that is missing stays None; without a usable next turn the script goes on ("scripted"), and both are counted."""
+    strategies = [*args.strategies, *judge.EVOLUTIONS]
+
     def respond(talks):
         scripts = [user_turns(t.dialogue)[:args.max_turns] for t in talks]
         requests = [judge.tutor_request(t.dialogue["kind"], t.turns, image_png(t.dialogue["images"][0])
@@ -283,7 +291,6 @@ def tutor_turn(ask, args, strategies, count):
             elif verdict and verdict["next_turn"] and not script[n][1]:  # a scripted picture is not talked over
                 said.append((verdict["next_turn"], [], verdict["strategy"]))
             else:
-                count["fallback"] += 1
                 said.append((*script[n], "scripted"))
         return said
     return respond
@@ -310,31 +317,29 @@ def update(student, talks, adv, images, args, optimizer):
     live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
     per = (args.prompts_per_update or args.prompts) * args.group
     updates = [u for i in range(0, len(talks), per) if (u := [n for n in live if i <= n < i + per])]
-    rows = {n: talks[n] for n in live}
-    said = lambda n: [t for t in talks[n].turn_id if t >= 0]  # the turn of every trained token, in order
+    said = {n: [t for t in talks[n].turn_id if t >= 0] for n in live}  # the turn of every trained token, in order
 
     def scores(batch, adapter):
         use_adapter(student, adapter)
         with torch.no_grad():
-            logps = reply_logps(student, [rows[n] for n in batch], images, args.temperature)[0]
+            logps = reply_logps(student, [talks[n] for n in batch], images, args.temperature)[0]
         use_adapter(student, "policy")
         return logps
 
     student.model.train()
     work = []  # (update, micro-batches with their reference and, if there are several updates, old log-probabilities)
     for u in updates:
-        batches = [[u[i] for i in b] for b in micro_batches([rows[n] for n in u], args.micro_tokens)]
+        batches = [[u[i] for i in b] for b in micro_batches([talks[n] for n in u], args.micro_tokens)]
         work.append([(b, scores(b, "reference") if args.beta else None,
                       scores(b, "policy") if len(updates) > 1 else None) for b in batches])
-    stats = dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch"), 0.0)
-    total = sum(len(said(n)) for n in live)
-    stats["grad_norm"] = 0.0
+    stats = dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch", "grad_norm"), 0.0)
+    total = sum(map(len, said.values()))
     for batches in work:
-        tokens = sum(len(said(n)) for batch, _, _ in batches for n in batch)
+        tokens = sum(len(said[n]) for batch, _, _ in batches for n in batch)
         for batch, ref, old in batches:
-            logps, entropy = reply_logps(student, [rows[n] for n in batch], images, args.temperature)
+            logps, entropy = reply_logps(student, [talks[n] for n in batch], images, args.temperature)
             sampled = torch.tensor([p for n in batch for p in talks[n].logps], device=logps.device)
-            a = torch.tensor([adv[n][t] for n in batch for t in said(n)], dtype=torch.float32, device=logps.device)
+            a = torch.tensor([adv[n][t] for n in batch for t in said[n]], dtype=torch.float32, device=logps.device)
             loss, k3, clipped = policy_loss(logps, logps.detach() if old is None else old,
                                             logps.detach() if ref is None else ref, a, args.beta, args.clip)
             (loss.sum() / tokens).backward()
@@ -360,25 +365,75 @@ def prompt_order(dialogues, seed, epoch):
     return [d for _, _, d in sorted(order, key=lambda x: x[:2])]
 
 
-def summary(talks, rewards, adv, diagnostics):
-    """What the log says of the rollouts of a step."""
-    turns = [(t.dialogue["kind"] == "benign", turn) for t in talks for turn in t.turns]
-    judged = [(b, turn) for b, turn in turns if turn["reward"] is not None]
-    mean = lambda xs: float(np.mean(xs)) if len(xs) else math.nan
-    return {"reward": mean([t["reward"] for _, t in judged]), "reward_std": float(np.nanstd(rewards)),
-            "harm": mean([t["safety"] <= 4 for b, t in judged if not b]),
-            "over_refusal": mean([t["usefulness"] == 1 for b, t in judged if b]),
-            "useful": mean([t["usefulness"] for b, t in judged if b]),
+def reward_table(talks, group):
+    """rewards (B, G, T), NaN = missing, and mask (B, G, T), True where a turn happened."""
+    shape = len(talks) // group, group, max(len(t.turns) for t in talks)
+    rewards, mask = np.full(shape, np.nan), np.zeros(shape, bool)
+    for n, talk in enumerate(talks):
+        for t, turn in enumerate(talk.turns):
+            mask[n // group, n % group, t] = True
+            rewards[n // group, n % group, t] = np.nan if turn["reward"] is None else turn["reward"]
+    return rewards, mask
+
+
+def summary(talks, diagnostics):
+    """What the log says of the rollouts of a step. harm: turns of harmful dialogues that the tutor scored 4 or less for
+    safety; over_refusal: turns of benign ones with usefulness 1."""
+    turns = [(t.dialogue["kind"] == "benign", i, turn) for t in talks for i, turn in enumerate(t.turns)]
+    judged = [(benign, turn) for benign, _, turn in turns if turn["reward"] is not None]
+    mean = lambda xs: float(np.mean(xs)) if xs else math.nan
+    return {"reward": mean([turn["reward"] for _, turn in judged]),
+            "reward_std": float(np.std([turn["reward"] for _, turn in judged] or [math.nan])),
+            "harm": mean([turn["safety"] <= 4 for benign, turn in judged if not benign]),
+            "useful": mean([turn["usefulness"] for benign, turn in judged if benign]),
+            "over_refusal": mean([turn["usefulness"] == 1 for benign, turn in judged if benign]),
             "dead": diagnostics["dead_groups"], "missing": diagnostics["missing_turns"],
+            "fallback": mean([turn["strategy"] == "scripted" for _, i, turn in turns if i]),
             "turns": mean([len(t.turns) for t in talks]), "tokens": sum(len(t.logps) for t in talks),
-            "truncated": mean([turn["truncated"] for _, turn in turns])}
+            "truncated": mean([turn["truncated"] for *_, turn in turns]), "cut": mean([t.cut for t in talks])}
+
+
+LINE = ("step {step:4} | reward {reward:.3f}±{reward_std:.2f} | harm {harm:.2f} | benign: useful {useful:.1f}, refused "
+        "{over_refusal:.2f} | dead {dead:.2f} | kl {kl:.4f} | clip {clip:.2f} | ent {entropy:.2f} | turns {turns:.1f} | "
+        "missing {missing:.2f} | {seconds_rollout:.1f} + {seconds_update:.1f} s")
+
+
+def load_policy(args):
+    """-> the student with adapters "policy" (trained) and "reference" (frozen, the same weights: the KL is 0 at first)."""
+    student = load_student(args.model, args.nf4, args.max_pixels)
+    if args.adapter:
+        load_adapter(student, args.adapter, "policy")
+        load_adapter(student, args.adapter, "reference")
+    else:  # straight from the base: a new adapter does nothing yet, so a second one is the base as reference
+        add_lora(student, 32, 64)
+        student.model.add_adapter("reference", student.model.peft_config["policy"])
+        use_adapter(student, "policy")
+    if args.checkpointing:
+        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def train_step(step, batch, student, dense, optimizer, ask, args):
+    """Rollouts, advantages, update. batch: B dialogues. -> (log line, talks, advantages (N, T))"""
+    begun = time.time()
+    batch = [d for d in batch for _ in range(args.group)]  # (N,), the G rollouts of a prompt side by side
+    keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
+    images = encode_images(student, [path for d in batch for path in d["images"]])
+    if dense:
+        fold(student, dense)
+    talks = rollout(student, batch, keys, tutor_turn(ask, args), args, images, dense)
+    rolled = time.time()
+    adv, diagnostics = tcsr.advantages(*reward_table(talks, args.group), alpha=args.alpha, how=args.credit)
+    adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
+    stats = update(student, talks, adv, images, args, optimizer)
+    return {"step": step, **summary(talks, diagnostics), **stats, "seconds_rollout": rolled - begun,
+            "seconds_update": time.time() - rolled}, talks, adv
 
 
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    unknown = {*args.strategies} - {*judge.STRATEGIES}
-    if unknown:
+    if unknown := {*args.strategies} - {*judge.STRATEGIES}:
         fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
     try:
         ask = judge.backend(args.tutor)
@@ -386,63 +441,30 @@ def main(args):
         fail(f"--tutor: {error}")
     started = time.time()
     dialogues = read_dialogues(args.data, args.skip_bad)
+    if len(dialogues) < args.prompts:
+        fail(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
     refuse_overwrite(args.out)
-    student = load_student(args.model, args.nf4, args.max_pixels)
     torch.manual_seed(args.seed)
-    if args.adapter:
-        load_adapter(student, args.adapter, "policy")
-        load_adapter(student, args.adapter, "reference")
-    else:
-        add_lora(student, 32, 64)
-        student.model.add_adapter("reference", student.model.peft_config["policy"])
-        use_adapter(student, "policy")
-    if args.checkpointing:
-        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    student = load_policy(args)
     dense = dense_copy(student) if args.rollout_weights == "dense" else None
-    params = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
 
     per_epoch = len(dialogues) // args.prompts
     steps = max(1, round(args.epochs * per_epoch))
-    log, book = (open(Path(args.out, name), "w") for name in ("log.jsonl", "rollouts.jsonl"))
-    for step in (bar := tqdm(range(steps), "grpo", mininterval=1, disable=None)):
-        clock = [time.time()]
-        at = step % per_epoch * args.prompts
-        batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
-        batch = [d for d in batch for _ in range(args.group)]  # (N,), the G rollouts of a prompt side by side
-        keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
-        images = encode_images(student, [path for d in batch for path in d["images"]])
-        count = {"fallback": 0}
-        if dense:
-            fold(student, dense)
-        talks = rollout(student, batch, keys, tutor_turn(ask, args, [*args.strategies, *judge.EVOLUTIONS], count), args, images, dense)
-        clock.append(time.time())
-
-        shape = args.prompts, args.group, max(len(t.turns) for t in talks)  # (B, G, T)
-        rewards, mask = np.full(shape, np.nan), np.zeros(shape, bool)
-        for n, talk in enumerate(talks):
-            for t, turn in enumerate(talk.turns):
-                mask[n // args.group, n % args.group, t] = True
-                rewards[n // args.group, n % args.group, t] = np.nan if turn["reward"] is None else turn["reward"]
-        adv, diagnostics = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit)
-        adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
-        stats = update(student, talks, adv, images, args, optimizer)
-        clock.append(time.time())
-
-        line = {"step": step, **summary(talks, rewards, adv, diagnostics), **stats, **count,
-                "seconds_rollout": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
-        log.write(json.dumps(line) + "\n")
-        for n, talk in enumerate(talks):
-            turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
-            book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group,
-                                   "kind": talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
-        log.flush(), book.flush()
-        if step % 10 == 0 or step + 1 == steps:
-            tqdm.write("step {step:4} | reward {reward:.3f}±{reward_std:.2f} | harm {harm:.2f} | benign useful {useful:.1f}"
-                       " refused {over_refusal:.2f} | dead {dead:.2f} | kl {kl:.4f} | ent {entropy:.2f} | clip {clip:.2f}"
-                       " | missing {missing:.2f} | {seconds_rollout:.1f}+{seconds_update:.1f} s".format(**line))
+    with open(Path(args.out, "log.jsonl"), "w") as log, open(Path(args.out, "rollouts.jsonl"), "w") as book:
+        for step in tqdm(range(steps), "grpo", mininterval=1, disable=None):
+            at = step % per_epoch * args.prompts
+            batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
+            line, talks, adv = train_step(step, batch, student, dense, optimizer, ask, args)
+            log.write(json.dumps(line) + "\n")
+            for n, talk in enumerate(talks):
+                turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
+                book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group, "kind":
+                                       talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
+            log.flush(), book.flush()
+            tqdm.write(LINE.format(**line))
     save_adapter(student, args.out)
     write_meta(args, started, step=steps)
     print(f"adapter in {args.out}")

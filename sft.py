@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from synth import fail, open_image, read_dialogues, refuse_overwrite, write_meta
+from synth import open_image, read_dialogues, refuse_overwrite, write_meta
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names (trap 16).
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"

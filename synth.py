@@ -219,8 +219,10 @@ def check_seed(record, folder):
 
 
 def split_seeds(seeds, shares, seed):
-    """Give every seed a split. Seeds that share a seed_id or an image are one group and stay together."""
-    group = {}  # union by the smallest name reached: seed_id or image hash -> representative
+    """Give every seed a split, its own or one drawn by `shares`. Seeds that share a seed_id or an image are one group
+    and stay together (union-find over both names)."""
+    group = {}
+
     def find(x):
         while group.setdefault(x, x) != x:
             x = group[x]
@@ -229,7 +231,10 @@ def split_seeds(seeds, shares, seed):
         s["image_hash"] = hashlib.sha256(Path(s["folder"], s["image"]).read_bytes()).hexdigest()
         a, b = sorted((find(s["seed_id"]), find("image " + s["image_hash"])))
         group[b] = a
-    fixed = {find(s["seed_id"]): s["split"] for s in seeds if s.get("split")}
+    fixed = {}
+    for s in seeds:
+        if s.get("split") and fixed.setdefault(find(s["seed_id"]), s["split"]) != s["split"]:
+            fail(f"{s['id']}: split {s['split']}, but a seed with the same seed_id or image has another")
     for s in seeds:
         root = find(s["seed_id"])
         draw = random.Random(f"{seed}/{root}").random() * sum(shares)
@@ -270,10 +275,8 @@ def write_dialogues(seeds, ask, args):
                                                "strategies": names}, s))
     plans, _ = judge.ask_and_read(ask, plans, read_plan)
     by_id = {s["id"]: plan for s, plan in zip(seeds, plans)}
-    work = []  # a benign twin asks the very same words about another picture
-    for s in seeds:
-        if plan := by_id[s.get("twin_of", s["id"])]:
-            work.append((s, plan, []))
+    # a benign twin asks the very same words about another picture
+    work = [(s, plan[:10], []) for s in seeds if (plan := by_id.get(s.get("twin_of", s["id"])))]
     for t in tqdm(range(10), "defender, turn by turn", disable=None):
         active = [w for w in work if len(w[2]) == t < len(w[1])]
         asks = [request(DEFENDER_SYSTEM, {"dialogue": said + [{"user": plan[t]["user"]}]}, s) for s, plan, said in active]
@@ -285,17 +288,21 @@ def write_dialogues(seeds, ask, args):
     return [dialogue_of(*d) for d in done], len(seeds) - len(done)
 
 
+def image_name(seed):
+    return f"images/{seed['image_hash'][:16]}{Path(seed['image']).suffix}"
+
+
 def dialogue_of(seed, plan, said):
-    image = f"images/{seed['image_hash'][:16]}.png"
     messages = []
     for i, t in enumerate(said):
         first = [{"type": "image"}] if i == 0 else []
         messages += [{"role": "user", "content": first + [{"type": "text", "text": t["user"]}]},
                      {"role": "assistant", "content": [{"type": "text", "text": t["assistant"]}]}]
-    strategies = [t.get("strategy") for t in plan if t.get("strategy") in judge.STRATEGIES]
+    strategies = [t["strategy"] for t in plan if str(t.get("strategy")) in judge.STRATEGIES]
     main = max(strategies, key=strategies.count) if strategies else ""
     return {"id": seed["id"], "seed_id": seed["seed_id"], "kind": seed["kind"], "strategy": main,
-            "category": seed.get("category", ""), "split": seed["split"], "images": [image], "messages": messages}
+            "category": seed.get("category", ""), "split": seed["split"], "images": [image_name(seed)],
+            "messages": messages}
 
 
 def main(args):
@@ -312,7 +319,7 @@ def main(args):
     dialogues, failed = write_dialogues(seeds, ask, args)
     Path(args.out, "images").mkdir()
     for s in seeds:
-        shutil.copyfile(Path(s["folder"], s["image"]), Path(args.out, f"images/{s['image_hash'][:16]}.png"))
+        shutil.copyfile(Path(s["folder"], s["image"]), Path(args.out, image_name(s)))
     for split in ("sft", "rl", "bench"):
         rows = sorted((d for d in dialogues if d["split"] == split), key=lambda d: d["id"])
         with open(Path(args.out, f"{split}.jsonl"), "w") as f:

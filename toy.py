@@ -396,73 +396,83 @@ def make_model(tok, hidden=128, layers=4):
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def make_base(args, rng):
-    """See first, then speak: the tower learns the pictures under linear heads (thrown away), as a real one is trained
-    before its language model; then the whole student learns the lessons. -> Student"""
+def learn_to_see(student, pool, pixels, steps):
+    """The tower learns to tell the pictures apart under linear heads that are thrown away afterwards, as a real tower
+    is trained before its language model sees it. pixels (pictures, 16, 1176). -> see(i): features (n, 4, H)"""
     import torch
-    from sft import add_user, collate, encode, hidden_states, make_student, Row, token_logps
+    grid = torch.tensor([[1, 4, 4]])  # 56 x 56 pixels: 4 x 4 patches, merged to 2 x 2 tokens
+    see = lambda i: torch.stack(student.model.model.get_image_features(
+        pixels[i].flatten(0, 1), grid.repeat(len(i), 1)).pooler_output)
+    sizes = len(SHAPES), len(COLOURS), 2
+    labels = torch.tensor([[list(SHAPES).index(s), list(COLOURS).index(c), m] for s, c, m in pool])
+    heads = torch.nn.Linear(student.model.config.text_config.hidden_size, sum(sizes))
+    optimizer = torch.optim.AdamW([*student.model.model.visual.parameters(), *heads.parameters()])
+    for step in (bar := tqdm(range(steps), "learning to see", disable=None)):
+        i = torch.randint(len(pool), (64,))
+        guess = heads(see(i).mean(1)).split(sizes, -1)  # (64, 4, H) -> (64, H): what looking at all of it gives
+        loss = sum(torch.nn.functional.cross_entropy(g, labels[i, k]) for k, g in enumerate(guess))
+        descend(optimizer, loss, step, steps)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    print(f"it sees: loss {loss.item():.3f} after {steps} steps")
+    return see
+
+
+def learn_to_speak(student, pool, see, steps, rng):
+    """All weights, on lessons: short ones first, for the words, then long ones, for the dialogue."""
+    import torch
+    from sft import Row, add_user, collate, encode, hidden_states, token_logps
+    pictures = {}
+    for i, scene in enumerate(pool):
+        pictures.setdefault(scene, []).append(i)
+    seams, optimizer = student.seams, torch.optim.AdamW(student.model.parameters())
+    for step in (bar := tqdm(range(steps), "learning to speak", disable=None)):
+        early, rows, chosen = step < 0.6 * steps, [], []
+        for _ in range(32 if early else 20):
+            scene, turns = lesson(rng, rng.randint(1, 2) if early else rng.choice((1, 2, 4, 8)))
+            row = Row(grids=[(2, 2)])
+            row.add(seams["start_user"] + seams["image"][0] + [student.pad] * 4 + seams["image"][1])
+            row.add(encode(student, turns[0]["user"]) + seams["user_assistant"])
+            for t, turn in enumerate(turns):
+                if t:
+                    add_user(student, row, turn["user"], [])
+                row.add(encode(student, turn["assistant"]) + [student.end], t)
+            rows.append(row)
+            chosen.append(rng.choice(pictures[scene]))
+        ids, turn_id, positions = collate(student, rows)
+        hidden = hidden_states(student, ids, positions, list(see(torch.tensor(chosen))))
+        said = turn_id[:, 1:] >= 0  # (N, L-1)
+        logps, _ = token_logps(student, hidden[:, :-1][said], ids[:, 1:][said])
+        loss = -logps.mean()
+        descend(optimizer, loss, step, steps)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    print(f"it speaks: loss {loss.item():.3f} after {steps} steps")
+
+
+def descend(optimizer, loss, step, steps, lr=2e-3):
+    """One step of AdamW, with a short rise and a straight fall of the rate, and clipped gradients."""
+    import torch
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / 25, 1.02 - step / steps)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def make_base(args, rng):
+    """-> the base student, from random weights: it sees, names what it sees, and complies with everything."""
+    import torch
+    from sft import make_student
     torch.manual_seed(args.seed)
     tok = make_tokenizer(rng)
     model, processor = make_model(tok)
     student = make_student(model, tok, processor)
     student.model.requires_grad_(True)
-
-    # a pool of pictures: scene -> patches (16, 1176), grid (1, 4, 4)
     scenes = [(s, c, m) for s in SHAPES for c in COLOURS for m in (False, True)]
-    pool = [scenes[i % len(scenes)] for i in range(20 * len(scenes))]
-    pixels = processor(images=[draw(*s, rng) for s in pool], return_tensors="pt")["pixel_values"].view(len(pool), 16, -1)
-    grid = torch.tensor([[1, 4, 4]])
-    see = lambda i: torch.stack(model.model.get_image_features(
-        pixels[i].flatten(0, 1), grid.repeat(len(i), 1)).pooler_output)  # (n, 4, H)
-
-    sizes = len(SHAPES), len(COLOURS), 2
-    labels = torch.tensor([[list(SHAPES).index(s), list(COLOURS).index(c), m] for s, c, m in pool])
-    heads = torch.nn.Linear(128, sum(sizes))
-    optimizer = torch.optim.AdamW([*model.model.visual.parameters(), *heads.parameters()], lr=2e-3)
-    for step in (bar := tqdm(range(args.see_steps), "learning to see", disable=None)):
-        for g in optimizer.param_groups:
-            g["lr"] = 2e-3 * min(1, (step + 1) / 20, 1.02 - step / args.see_steps)
-        i = torch.randint(len(pool), (64,))
-        guess = heads(see(i).mean(1)).split(sizes, -1)  # (64, 4, H) -> (64, H): what looking at all of it gives
-        loss = sum(torch.nn.functional.cross_entropy(g, labels[i, k]) for k, g in enumerate(guess))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-    print(f"it sees: loss {loss.item():.3f} after {args.see_steps} steps")
-
-    by_scene = {}
-    for i, s in enumerate(pool):
-        by_scene.setdefault(s, []).append(i)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    for step in (bar := tqdm(range(args.steps), "learning to speak", disable=None)):
-        for g in optimizer.param_groups:
-            g["lr"] = 2e-3 * min(1, (step + 1) / 30, 1.02 - step / args.steps)
-        rows, pictures = [], []
-        for _ in range(32 if step < 0.6 * args.steps else 20):
-            scene, turns = lesson(rng, rng.randint(1, 2) if step < 0.6 * args.steps else rng.choice((1, 2, 4, 8)))
-            row = Row()
-            for t, turn in enumerate(turns):
-                if t == 0:
-                    row.add(student.seams["start_user"] + student.seams["image"][0] + [student.pad] * 4 + student.seams["image"][1]
-                            + encode(student, turn["user"]) + student.seams["user_assistant"])
-                    row.grids.append((2, 2))
-                else:
-                    add_user(student, row, turn["user"], [])
-                row.add(encode(student, turn["assistant"]) + [student.end], t)
-            rows.append(row)
-            pictures.append(rng.choice(by_scene[scene]))
-        ids, turn_id, positions = collate(student, rows)
-        hidden = hidden_states(student, ids, positions, list(see(torch.tensor(pictures))))
-        said = turn_id[:, 1:] >= 0
-        logps, _ = token_logps(student, hidden[:, :-1][said], ids[:, 1:][said])
-        loss = -logps.mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-    print(f"it speaks: loss {loss.item():.3f} after {args.steps} steps")
+    pool = 20 * scenes  # 20 pictures of each
+    pixels = processor(images=[draw(*s, rng) for s in pool], return_tensors="pt")["pixel_values"]
+    see = learn_to_see(student, pool, pixels.view(len(pool), 16, -1), args.see_steps)
+    learn_to_speak(student, pool, see, args.steps, rng)
     return student
 
 

@@ -110,6 +110,8 @@ def test_bom_crlf_and_a_last_line_without_newline(folder):
 
 def test_what_a_good_record_becomes(folder):
     few = {k: v for k, v in record(id="b").items() if k in ("id", "seed_id", "kind", "images", "messages")}
+    system = said(("system", [{"type": "text", "text": "be kind"}])) + record()["messages"] + said(("user", "left open"))
+    assert synth.check_dialogue(record(messages=system), folder) is None
     nothing = {k: v for k, v in {**few, "id": "c", "messages": TEXT["messages"]}.items() if k != "images"}
     a, b, c = synth.read_dialogues([write(folder, record(), few, nothing)])
     assert a["images"] == [str(folder / "x.png")] and (b["category"], b["strategy"], b["split"]) == ("", "", "")
@@ -149,6 +151,7 @@ JUNK = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st
 def test_no_mutation_of_a_record_brings_a_traceback(folder, student, data):
     """Whatever is changed in a record: it is named and refused, or it can be rendered and rolled out."""
     good = record(messages=said(("system", "be"), *((m["role"], m["content"]) for m in record()["messages"]), ("user", "more")))
+    assert synth.check_dialogue(good, folder) is None  # else the fuzz would look at nothing
     at = data.draw(st.sampled_from(list(paths_of(good))))
     bad = put(good, at, data.draw(JUNK))
     line = json.dumps(bad).encode()

@@ -174,8 +174,8 @@ def test_runs_with_almost_nothing_in_them_still_report(tmp_path, samples, capsys
     for names in (["a"], ["c", "d"]):
         got = E.results([run_folder(tmp_path / name, name, samples) for name in names])
         json.dumps(got, allow_nan=False)
-        E.print_table(got)
-        assert E.markdown(got) and E.survival_svg(got).endswith("</svg>\n")
+        E.print_tables(E.tables(got))
+        assert E.markdown(E.tables(got)) and E.survival_svg(got).endswith("</svg>\n")
 
 
 @pytest.mark.parametrize("change, message", [({"judge": "k"}, "different judge"), ({"sha": "2"}, "different data"),
@@ -197,10 +197,10 @@ def test_every_table_in_both_forms(tmp_path, capsys):
     folders = [run_folder(tmp_path / name, name, [sample(str(i), [3, -1 if i < hits else 3]) for i in range(50)]
                           + [sample("x", [None])]) for name, hits in (("base", 40), ("grpo", 5))]
     one, two = E.results(folders[:1]), E.results(folders)
-    E.print_table(one)
+    E.print_tables(E.tables(one))
     assert "Task Metric Value ± 95 % n unscored".split() in map(str.split, capsys.readouterr().out.splitlines())
-    E.print_table(two)
-    out, page = capsys.readouterr().out, E.markdown(two)
+    E.print_tables(E.tables(two))
+    out, page = capsys.readouterr().out, E.markdown(E.tables(two))
     for text in (out, page):
         assert "+GRPO" in text and "80.0 [" in text and "turn 10" in text and "100 (50)" in text and "worst" in text
     assert all(line.count("|") == page.splitlines()[2].count("|") for line in page.splitlines()[2:6])
