@@ -192,16 +192,19 @@ def rollout(student, dialogues, keys, respond, args, images, lm=None):
     cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
     active, said = talks, [(*user_turns(d)[0], d["strategy"]) for d in dialogues]
     while active:
-        lengths = [len(talk.ids) for talk in active]
+        before = [(len(talk.ids), len(talk.images)) for talk in active]
         chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]
-        width = max(len(ids) for ids, _ in chunks)
-        if cache.used + width + args.max_new > args.max_tokens:
-            if not cache.used:
-                raise ValueError(f"--max_tokens {args.max_tokens} has no room for the first turn")
-            for talk, n in zip(active, lengths):  # no room for another turn: whole turns go, and are counted (trap 14)
-                del talk.ids[n:], talk.turn_id[n:], talk.turns[-1]
-                talk.cut = True
+        room = args.max_tokens - cache.used - args.max_new
+        fits = [i for i, (ids, _) in enumerate(chunks) if len(ids) <= room]
+        for i in {*range(len(active))} - {*fits}:  # no room for this turn: the whole of it goes, and is counted (trap 14)
+            talk, (n, k) = active[i], before[i]
+            del talk.ids[n:], talk.turn_id[n:], talk.images[k:], talk.grids[k:], talk.turns[-1]
+            talk.cut = True
+        cache.keep(fits)
+        active, said, chunks = ([x[i] for i in fits] for x in (active, said, chunks))
+        if not active:
             break
+        width = max(len(ids) for ids, _ in chunks)
         left = lambda values, fill: [fill] * (width - len(values)) + values
         ids = torch.tensor([left(i, student.end) for i, _ in chunks], device=device)  # (N, W), padded on the left
         positions = torch.tensor([left(p, (0, 0, 0)) for _, p in chunks], device=device).permute(2, 0, 1)  # (3, N, W)
@@ -422,6 +425,8 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     if dense:
         fold(student, dense)
     talks = rollout(student, batch, keys, tutor_turn(ask, args), args, images, dense)
+    if not any(t.turns for t in talks):
+        fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
     rolled = time.time()
     adv, diagnostics = tcsr.advantages(*reward_table(talks, args.group), alpha=args.alpha, how=args.credit)
     adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
@@ -445,7 +450,10 @@ def main(args):
         fail(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
     refuse_overwrite(args.out)
     torch.manual_seed(args.seed)
-    student = load_policy(args)
+    try:
+        student = load_policy(args)
+    except (OSError, ValueError) as error:
+        fail(f"--model or --adapter: {error}")
     dense = dense_copy(student) if args.rollout_weights == "dense" else None
     optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
 

@@ -72,12 +72,12 @@ REPAIR = "\n\nYour last reply was not the JSON object described above. Reply wit
 
 def split_reply(text):
     """(thinking, answer, ok) of a reply `<thinking>..</thinking><answer>..</answer>`; ok is the format gate [R]:
-    exactly one block of each and nothing around them. Without an answer block the whole text counts as the answer."""
+    exactly one block of each and nothing around them. Otherwise all that is not thinking counts as the answer."""
     blocks = re.fullmatch(r"\s*<thinking>(.*?)</thinking>\s*<answer>(.*?)</answer>\s*", text, re.S)
     if blocks and not re.search(r"</?(thinking|answer)>", blocks[1] + blocks[2]):
         return blocks[1].strip(), blocks[2].strip(), True
-    answer = re.search(r"<answer>(.*?)(</answer>|$)", text, re.S)
-    return "", (answer[1] if answer else re.sub(r"<thinking>.*?(</thinking>|$)", "", text, flags=re.S)).strip(), False
+    seen = re.sub(r"<thinking>.*?(</thinking>|(?=<answer>)|$)", "", text, flags=re.S)
+    return "", re.sub(r"</?(thinking|answer)>", "", seen).strip(), False
 
 
 def repeated_trigrams(text):
@@ -114,9 +114,14 @@ def read_json(text):
             value, end = decoder.raw_decode(text, at)
             found.append(value)
             at = end
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: also an integer of thousands of digits
+            if re.compile(r'\{\s*"').match(text, at):
+                return None  # an object that is cut off: what is whole beside or inside it is not the answer
             at += 1
-    return found[0] if len(found) == 1 and isinstance(found[0], dict) else None
+    if len(found) != 1:
+        return None
+    # an emoji cut in half ("\\ud83d") could be neither encoded nor written: it becomes "?"
+    return json.loads(json.dumps(found[0], ensure_ascii=False).encode("utf-8", "replace").decode())
 
 
 def integer(value, low, high):

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from synth import open_image, read_dialogues, refuse_overwrite, write_meta
+from synth import fail, open_image, read_dialogues, refuse_overwrite, write_meta
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names (trap 16).
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -199,7 +200,7 @@ def add_user(student, row, content, images, system=None):
     if row.ids:
         row.add(seams["assistant_user"])
     elif system is not None:
-        row.add(seams["system"] + encode(student, system) + seams["system_user"])
+        row.add(seams["system"] + encode(student, text_of(system)) + seams["system_user"])
     else:
         row.add(seams["start_user"])
     images = iter(images)
@@ -233,7 +234,7 @@ def render(student, dialogue, max_tokens=None):
                 break
             kept = len(row.ids), turn, len(row.images)
     if kept is None:
-        raise ValueError(f"{dialogue['id']}: not even the first turn fits {max_tokens} tokens")
+        raise ValueError(f"{dialogue['id']}: no reply, or not even the first turn fits {max_tokens} tokens")
     tokens, turn, n_images = kept
     dropped = sum(m["role"] == "assistant" for m in messages) - turn
     return Row(row.ids[:tokens], row.turn_id[:tokens], row.images[:n_images], row.grids[:n_images]), dropped
@@ -299,7 +300,8 @@ def hidden_states(student, ids, positions, features, mask=None, cache=None, lang
     lm = language_model or student.base.model.language_model
     embeds = lm.embed_tokens(ids)  # (N, L, H)
     if features:
-        embeds[ids == student.pad] = torch.cat(features).to(embeds.dtype)
+        # not in place: under checkpointing the embeddings are a leaf that requires a gradient
+        embeds = embeds.masked_scatter((ids == student.pad)[..., None], torch.cat(features).to(embeds.dtype))
     return lm(inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
               past_key_values=cache, use_cache=False).last_hidden_state
 
@@ -337,12 +339,14 @@ def reply_logps(student, rows, images, temperature=1.0):
 
 def micro_batches(rows, budget):
     """Indices of rows, sorted by length and cut so that rows x longest <= budget padded tokens (one row at least)."""
-    batches, batch = [], []
+    batches, batch, real = [], [], 0
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
-        if batch and (len(batch) + 1) * len(rows[i].ids) > budget:
+        n, cells = len(rows[i].ids), (len(batch) + 1) * len(rows[i].ids)
+        if batch and (cells > budget or real + n < 0.95 * cells):
             batches.append(batch)
-            batch = []
+            batch, real = [], 0
         batch.append(i)
+        real += n
     return batches + [batch]
 
 
@@ -393,11 +397,25 @@ def main(args):
     refuse_overwrite(args.out)
     started = time.time()
     dialogues = read_dialogues(args.data, args.skip_bad)
-    student = load_student(args.model, args.nf4, args.max_pixels)
+    try:
+        student = load_student(args.model, args.nf4, args.max_pixels)
+    except (OSError, ValueError) as error:
+        fail(f"--model: {error}")
     torch.manual_seed(args.seed)
     add_lora(student, args.lora_r, args.lora_alpha)
     if args.checkpointing:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    fitting = []
+    for d in dialogues:
+        try:
+            render(student, d, args.max_tokens)
+            fitting.append(d)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    if not fitting or len(fitting) < len(dialogues) and not args.skip_bad:
+        fail(f"{len(dialogues) - len(fitting)} of {len(dialogues)} dialogues cannot be trained on")
+    dialogues = fitting
 
     # held-out dialogues by seed, so that no sibling of a training dialogue is among them
     seeds = sorted({d["seed_id"] for d in dialogues})

@@ -101,7 +101,7 @@ def open_image(path):
             if image.width * image.height > IMAGE_PIXELS or max(image.size) > 200 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels: too large, or too long and thin")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them raise
         raise ValueError(f"image {path}: {error}") from None
 
 
@@ -140,6 +140,8 @@ def check_dialogue(record, folder):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list) or not all(isinstance(p, dict) for p in content):
             return "messages: content is neither a string nor a list of parts"
+        if not content:
+            return f"messages: empty {m['role']} text"
         for p in content:
             if p.get("type") == "text" and (not isinstance(p.get("text"), str) or not p["text"].strip()):
                 return f"messages: empty {m['role']} text"
@@ -149,9 +151,9 @@ def check_dialogue(record, folder):
     if len(parts) != len(images):
         return f"images: {len(images)} paths for {len(parts)} image parts"
     for path in images:
-        if not Path(folder, path).resolve().is_relative_to(Path(folder).resolve()):
-            return f"images: {path} is outside the data folder"
         try:
+            if not Path(folder, path).resolve().is_relative_to(Path(folder).resolve()):
+                return f"images: {path} is outside the data folder"
             open_image(Path(folder, path))
         except ValueError as error:
             return f"images: {error}"
@@ -167,7 +169,8 @@ def read_records(paths, check, skip_bad):
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             try:
                 record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+                json.dumps(record, ensure_ascii=False).encode()  # half a character could not be written again
+            except (ValueError, RecursionError) as error:
                 record, wrong = None, f"record: not JSON ({error})"
             else:
                 wrong = check(record, Path(path).parent)
@@ -212,6 +215,10 @@ def check_seed(record, folder):
             return f"{key}: missing or not a string"
     if record.get("kind") not in KINDS:
         return f"kind: {record.get('kind')!r} is none of {', '.join(KINDS)}"
+    if record.get("split") not in (None, "", "sft", "rl", "bench"):
+        return f"split: {record['split']!r} is none of sft, rl, bench"
+    if not isinstance(record.get("twin_of", ""), str):
+        return "twin_of: not a string"
     try:
         open_image(Path(folder, record["image"]))
     except ValueError as error:

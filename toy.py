@@ -283,6 +283,9 @@ def ask(requests):
     replies = []
     for request in requests:
         text, image = request["text"], request["image"]
+        if image is None:  # nothing to look at: no reply, as a back end says it
+            replies.append(None)
+            continue
         seed = hashlib.sha256(text.encode() + (image or b"")).digest()[:8]
         document, _ = json.JSONDecoder().raw_decode(text)  # what follows the document is a repair request
         role = ROLES[re.search(r"You are the (\w+)", request["system"])[1]]

@@ -230,6 +230,13 @@ def test_a_turn_that_does_not_fit_the_cache_is_left_out(student, mixed):  # trap
     assert cut.ids[-1] == student.end  # no question without a reply at the end of what is trained on
 
 
+def test_a_picture_of_a_turn_that_was_left_out_goes_too(student, mixed):  # trap 14
+    talk, = play(student, [mixed[3]], "--max_tokens", "30")  # its second turn brings two pictures
+    assert len(talk.turns) == 1 and not talk.images and not talk.grids and student.pad not in talk.ids
+    logps, _ = sft.reply_logps(student, [talk, *play(student, mixed[:1])], images_of(student, mixed))
+    torch.testing.assert_close(logps[:len(talk.logps)].detach(), torch.tensor(talk.logps), atol=1e-4, rtol=0)
+
+
 def test_one_endless_turn_does_not_end_the_others_dialogues(student, mixed):  # trap 14
     long = dialogue("x", "hello", "name two moves. " * 300, "never asked")
     talks = play(student, [mixed[1], long, mixed[3]])
@@ -417,18 +424,17 @@ def test_tutor_turn_scores_counts_and_falls_back(student, mixed, monkeypatch):  
         replies = {0: json.dumps({**good, "diagnosis": "x"}), 1: "I cannot help with that.", 2: json.dumps({**good, "next_turn": ""})}
         return [replies[[t.turns[0]["user"] for t in talks].index(json.loads(r["text"].split(judge.REPAIR)[0])["dialogue"][0]["user"])]
                 for r in requests]
-    count = {"fallback": 0}
     for t in talks:
         t.turns[0]["assistant"] = "<thinking>a</thinking><answer>b</answer>"
-    said = grpo.tutor_turn(ask, grpo_args("--weights", "0.6", "0.3", "0.1"), ["deepen"], count)(talks)
+    said = grpo.tutor_turn(ask, grpo_args("--weights", "0.6", "0.3", "0.1"))(talks)
     assert len(sent) == 2 and [len(s) for s in sent] == [3, 1]  # one batched call, one repair
-    assert said[0] == ("more?", [], "deepen") and count["fallback"] == 2
-    assert said[1] == (*synth.user_turns(mixed[1])[1], "scripted") and said[2][0] == synth.user_turns(mixed[2])[1][0]
+    assert said[0] == ("more?", [], "deepen")
+    assert said[1] == (*synth.user_turns(mixed[1])[1], "scripted") and said[2] == (*synth.user_turns(mixed[2])[1], "scripted")
     assert talks[0].turns[0]["reward"] == pytest.approx(0.6 * 1 + 0.3 * 3 / 9 + 0)
     assert talks[1].turns[0]["reward"] is None and talks[1].turns[0]["raw"] == "I cannot help with that."
     late = play(student, [mixed[3]], respond=lambda talks: [None] * len(talks))  # the second turn brings pictures
     late[0].turns[0]["assistant"] = "x"
-    said = grpo.tutor_turn(lambda rs: [json.dumps(good)] * len(rs), grpo_args(), ["deepen"], count)(late)
+    said = grpo.tutor_turn(lambda rs: [json.dumps(good)] * len(rs), grpo_args())(late)
     assert said[0][1] == mixed[3]["images"] and late[0].turns[0]["reward"] == 0  # ungated format: no reward
 
 
