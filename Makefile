@@ -27,8 +27,8 @@ toy: .venv/toy
 		$(LORA) $(STUDENT) $(SFT); wait
 	$(EVAL) --adapter $(OUT)/sft --out $(OUT)/eval/sft --name sft > $(OUT)/sft.log 2>&1 & \
 	$(PY) grpo.py --model $(OUT)/world/base --adapter $(OUT)/sft --data $(OUT)/data/rl.jsonl --out $(OUT)/grpo \
-		--tutor toy --strategies $(RL_STRATEGIES) --seed $(SEED) --prompts 8 --group 5 --epochs 1.25 --lr 1e-3 \
-		--beta 0.02 --max_new 40 --micro_tokens 2500 --no-checkpointing $(STUDENT) $(GRPO); wait
+		--tutor toy --strategies $(RL_STRATEGIES) --seed $(SEED) --prompts 8 --group 5 --epochs 2 --lr 1e-3 \
+		--beta 0.05 --max_new 40 --micro_tokens 2500 --no-checkpointing $(STUDENT) $(GRPO); wait
 	$(EVAL) --adapter $(OUT)/grpo --out $(OUT)/eval/grpo --name grpo
 	$(PY) eval.py compare $(OUT)/eval/base $(OUT)/eval/sft $(OUT)/eval/grpo $(OUT)/world $(OUT)/data $(OUT)/sft \
 		$(OUT)/grpo --out $(OUT)

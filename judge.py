@@ -184,3 +184,8 @@ def backend(spec):
 def identity(spec, *prompts):
     """What a score depends on besides the text: stored with every score, compared before scores are compared."""
     return {"backend": spec, "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]}
+
+
+if __name__ == "__main__":
+    import argparse
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
