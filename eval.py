@@ -103,7 +103,8 @@ def infer(args, dialogues, done):
             images = encode_images(student, [path for d in batch for path in d["images"]])
             talks = rollout(student, batch, [(d["id"],) for d in batch], respond, args, images, dense)
             yield [{**{k: t.dialogue[k] for k in ("id", "seed_id", "kind", "strategy", "category")}, "arm": args.name,
-                    "attacker": attacker, "images": t.dialogue["images"], "error": None,
+                    "attacker": attacker, "images": t.dialogue["images"],
+                    "error": "--max_tokens has no room for all turns" if t.cut else None,
                     "turns": [{**turn, "verdict": None} for turn in t.turns]} for t in talks]
 
 

@@ -190,7 +190,7 @@ def rollout(student, dialogues, keys, respond, args, images, lm=None):
     device = student.allowed.device
     talks = [Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
     cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
-    active, said = talks, [(*user_turns(d)[0], d["strategy"]) for d in dialogues]
+    active, said = talks, [(*user_turns(d)[0], "scripted") for d in dialogues]
     while active:
         before = [(len(talk.ids), len(talk.images)) for talk in active]
         chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]

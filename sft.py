@@ -391,10 +391,30 @@ def rate(step, steps, warmup):
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def train_and_held_out(student, dialogues, args):
+    """Dialogues that can be trained on -> (train, held out). Divided by seed, so that no sibling of a training dialogue
+    is held out; those without a reply, or too long for even one turn, are named first and stop the run."""
+    rows = {}
+    for d in dialogues:
+        try:
+            rows[d["id"]] = render(student, d, args.max_tokens)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    if not rows or len(rows) < len(dialogues) and not args.skip_bad:
+        fail(f"{len(dialogues) - len(rows)} of {len(dialogues)} dialogues cannot be trained on")
+    dialogues = [d for d in dialogues if d["id"] in rows]
+    seeds = sorted({d["seed_id"] for d in dialogues})
+    held = set(random.Random(f"{args.seed}/held").sample(seeds, int(args.held_out * len(seeds))))
+    train, test = [d for d in dialogues if d["seed_id"] not in held], [d for d in dialogues if d["seed_id"] in held]
+    print(f"{len(train)} dialogues, {sum(len(rows[d['id']][0].ids) for d in train)} tokens; {len(test)} held out; "
+          f"{sum(dropped for _, dropped in rows.values())} turns dropped beyond {args.max_tokens} tokens")
+    print("first dialogue, trained tokens in brackets:\n" + show_trained(student, rows[train[0]["id"]][0]))
+    return train, test
+
+
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    refuse_overwrite(args.out)
     started = time.time()
     dialogues = read_dialogues(args.data, args.skip_bad)
     try:
@@ -405,27 +425,8 @@ def main(args):
     add_lora(student, args.lora_r, args.lora_alpha)
     if args.checkpointing:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
-
-    fitting = []
-    for d in dialogues:
-        try:
-            render(student, d, args.max_tokens)
-            fitting.append(d)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-    if not fitting or len(fitting) < len(dialogues) and not args.skip_bad:
-        fail(f"{len(dialogues) - len(fitting)} of {len(dialogues)} dialogues cannot be trained on")
-    dialogues = fitting
-
-    # held-out dialogues by seed, so that no sibling of a training dialogue is among them
-    seeds = sorted({d["seed_id"] for d in dialogues})
-    held = set(random.Random(f"{args.seed}/held").sample(seeds, int(args.held_out * len(seeds))))
-    train, test = [d for d in dialogues if d["seed_id"] not in held], [d for d in dialogues if d["seed_id"] in held]
-    rendered = [render(student, d, args.max_tokens) for d in train]
-    lengths = [len(row.ids) for row, _ in rendered]
-    print(f"{len(train)} dialogues, {sum(lengths)} tokens; {len(test)} held out; "
-          f"{sum(n for _, n in rendered)} turns dropped beyond {args.max_tokens} tokens")
-    print("first dialogue, trained tokens in brackets:\n" + show_trained(student, rendered[0][0]))
+    train, test = train_and_held_out(student, dialogues, args)
+    refuse_overwrite(args.out)
 
     params = [p for p in student.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
