@@ -2,6 +2,7 @@
 SEED ?= 0
 OUT ?= out/toy
 PY = .venv/bin/python
+SHELL = bash
 # One torch thread each: two threads beside another busy process wait for each other, 20 times slower.
 export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
@@ -36,8 +37,11 @@ toy: .venv/toy
 test: .venv/test
 	$(PY) -m pytest -q tests
 
+# file by file; a file that passed is not run again until out/torture is removed, so a stopped run can be resumed
 torture: .venv/test
-	$(PY) -m pytest -q tests -m torture
+	mkdir -p out/torture
+	for t in tests/test_*.py; do test -e out/$${t/tests/torture} || \
+		{ $(PY) -m pytest -q $$t -m torture || [ $$? -eq 5 ]; } && touch out/$${t/tests/torture} || exit 1; done
 
 # torch first and by itself: what else is installed must not bring another one
 .venv/toy: requirements.txt

@@ -10,8 +10,8 @@ Deviations from the authors [R]: LoRA instead of all weights; every turn is judg
 is missing, not 0; one on-policy update per batch of rollouts by default (theirs: 64 prompts, 32 updates).
 
     make toy                                                                                       # laptop, see there
-    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/rl.jsonl \\
-                   --tutor http://localhost:8000/v1 --out out/grpo                                 # one GPU
+    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/rl.jsonl --tutor toy --out out/grpo
+    python grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter out/sft --data data/rl.jsonl --tutor toy --out out/grpo
 
 Writes the adapter as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its scores).
 Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.

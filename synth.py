@@ -6,7 +6,8 @@ step by step) and *benign* (3-5, a harmless goal; keeps capability and prices ov
 turns, a defender answers them one by one as `<thinking>..</thinking><answer>..</answer>`, with what was said before in
 view. Splits are made by seed and image: everything that shares either is in one split.
 
-    python synth.py --seeds out/toy/world/seeds.jsonl --generator toy --out out/toy/data
+    make toy                                                                                       # laptop, see there
+    python synth.py --seeds data/seeds.jsonl --generator toy --out data/synth                      # for 3B and 7B alike
 
 Writes OUT/sft.jsonl, rl.jsonl, bench.jsonl and images/. One JSON object a line, as TRL and `datasets` know it:
     {"id", "seed_id", "kind", "strategy", "category", "split", "images": [path], "messages": [{"role", "content"}]}
