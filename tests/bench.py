@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean, median
@@ -58,11 +57,14 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- ours: one measured process, flags as the peers'
 
 def worker(kind, naive):
-    import tiny  # first: its clock starts here
+    global tiny, torch, grpo, sft
+    import tiny  # first: its clock starts here, and its flags set the threads
     a = tiny.arguments(steps=8, batch=8, warmup=2, extra={
         "--turns": dict(type=int, default=1), "--new": dict(type=int, default=24),
         "--beta": dict(type=float, default=0.04)})
-    import grpo  # imports all that the scripts import
+    import torch
+    import grpo
+    import sft
     rss_import = tiny.rss_mb()
     if naive:
         use_naive()
@@ -73,8 +75,6 @@ def worker(kind, naive):
 
 def tiny_student(a):
     """The peers' model with our LoRA on it."""
-    import sft
-    import tiny
     tok = tiny.tokenizer()
     model = tiny.model(tiny.config(tok, a.hidden, a.layers, vocab=a.vocab), tok)
     student = sft.make_student(model, tok, tiny.processor(tok).image_processor)
@@ -100,7 +100,6 @@ def as_dialogues(records, folder, turns=1):
 
 def timed(a, step):
     """Call step(i) a.steps times. -> results and seconds of the counted steps, figures of the report"""
-    import tiny
     results, wall, cpu, first = [], [], [], None
     for i in range(a.steps):
         results.append(step(i))
@@ -114,9 +113,6 @@ def timed(a, step):
 
 def run_sft(a, folder):
     """sft.main without its files."""
-    import sft
-    import tiny
-    import torch
     args = sft.parse_args("--model - --data - --out - --held_out 0".split())
     student = tiny_student(a)
     train, _ = sft.train_and_held_out(student, as_dialogues(tiny.dialogues(a.dialogues, images=a.images), folder), args)
@@ -139,11 +135,8 @@ def run_sft(a, folder):
 
 def run_grpo(a, folder):
     """grpo.main without its files."""
-    import grpo
-    import tiny
-    import torch
     args = grpo.parse_args(["--model=-", "--data=-", "--tutor=-", "--out=-", f"--prompts={a.batch}", f"--beta={a.beta}",
-                            f"--max_turns={a.turns}", f"--max_new={a.new}", "--max_tokens=1024", "--micro_tokens=2500",
+                            f"--max_turns={a.turns}", f"--max_new={a.new}", "--max_tokens=1024", "--micro_tokens=1000",
                             "--format_bonus=1"])  # with the gate, unformatted babble is worth 0 and every group dead
     student = tiny_student(a)
     student.model.add_adapter("reference", student.model.peft_config["policy"])
@@ -172,8 +165,6 @@ def run_grpo(a, folder):
 
 def run_update(a, folder):
     """Forward and backward over dialogues of 4k tokens together, as one micro-batch."""
-    import sft
-    import tiny
     student, rows = tiny_student(a), []
     for dialogue in as_dialogues(tiny.dialogues(64, images=a.images), folder):
         if sum(len(row.ids) for row in rows) < 4096:
@@ -186,10 +177,6 @@ def run_update(a, folder):
 
 def use_naive():
     """Put the usual way in the place of ours: every turn and every picture from scratch, logits everywhere."""
-    import grpo
-    import sft
-    import torch
-
     def inputs(student, ids, mask, rows):
         student.base.model.rope_deltas = None
         images = [sft.open_image(path) for row in rows for path in row.images]
@@ -246,9 +233,10 @@ def ours(args, kind, flags, naive=False):
                path=f"{ROOT}{os.pathsep}{args.peers}")
 
 
-@cache
-def runs(args, job):
+def runs(args, job, done={}):
     """-> reports of ours and of the peer, taken in turn, and one of naive. Rows of one job share its runs."""
+    if job in done:
+        return done[job]
     kind, script, both, peer_only, full, quick = JOBS[job]
     steps, warmup = quick if args.quick else full
     flags, a, b = f"--steps {steps} --warmup {warmup} {both}", [], []
@@ -257,7 +245,8 @@ def runs(args, job):
         b.append(run(args, args.peer_python, f"{args.peers}/{script}", *flags.split(), *peer_only.split()))
     if kind == "grpo" and a[0]["new_tokens_per_step"] != b[0]["new_tokens_per_step"]:
         sys.exit(f"{job}: ours and the peer did not sample equally many tokens")
-    return a, b, ours(args, kind, flags, naive=True)
+    done[job] = a, b, ours(args, kind, flags, naive=True)
+    return done[job]
 
 
 def compare(job, read):
@@ -334,7 +323,7 @@ def measure(args, name):
 def main(args):
     if not Path(args.peers, "tiny.py").is_file():
         sys.exit(f"no tiny.py in {args.peers}: --peers must name the folder with tiny.py, trl_sft.py and trl_grpo.py")
-    args.only, rows = tuple(args.only), []
+    rows = []
     show = lambda what, *cells: print(f"{what:50}" + "".join(f"{c:>10}" for c in cells), flush=True)
     number = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
     show("one thread, medians", "ours", "peer", "ratio", "target", "ok", "naive")
