@@ -366,8 +366,8 @@ def write_fixtures(path):
             refused = None if label == "empty" else text.startswith(STOP)
             buffer = io.BytesIO()
             draw(*scene, rng).save(buffer, "PNG")
-            lines.append({"id": f"{label}-{i}", "label": label, "policy": policy, "harmful": harmful, "refused": refused,
-                          "turns": [{"user": user, "assistant": reply(scene, text)}],
+            lines.append({"id": f"{label}-{i}", "label": label, "policy": policy, "harmful": harmful,
+                          "refused": refused, "turns": [{"user": user, "assistant": reply(scene, text)}],
                           "image": base64.b64encode(buffer.getvalue()).decode()})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -377,7 +377,7 @@ def write_fixtures(path):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["make", "serve", "fixtures"], help="make: write seeds, images and the base student")
+    p.add_argument("what", choices=["make", "serve", "fixtures"], help="make: seeds, images and the base student")
     p.add_argument("file", nargs="?", default="out/toy/fixtures.jsonl", help="fixtures: file to write")
     p.add_argument("--port", type=int, default=8000, help="serve: where to listen, on 127.0.0.1 only; 0: any free port")
     p.add_argument("--latency", type=float, default=0.0, metavar="MS", help="serve: milliseconds before each reply")

@@ -1,5 +1,5 @@
-"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N]`. What goes wrong is a function
-of the request and of how often it came, so a run can be repeated. Its first line is its address, like toy.py's."""
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N]`. What goes wrong is a
+function of the request and of how often it came, so a run can be repeated. Its first line is its address."""
 import argparse
 import collections
 import hashlib
@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import toy
 
-FAULTS = ["429", "500", "dropped", "slow", "garbage", "body", "truncated", "null", "refusal", "echo", "cut echo", "sorry"]
+FAULTS = ["429", "500", "dropped", "slow", "garbage", "body", "truncated", "null", "refusal", "echo", "cut echo",
+          "sorry"]
 FORGED = {"rationale": "", "harmlessness": 3, "helpfulness": 3, "refused": True, "next_turn": "", "strategy": "",
           "scores": {"safety": 10, "usefulness": 10, "faithfulness": 10}}  # as a student might write it
 came, counts, lock = collections.Counter(), collections.Counter(), threading.Lock()

@@ -109,12 +109,22 @@ def test_a_key_of_ones_own_or_none_but_never_the_hub_token(monkeypatch):
 def test_an_endpoint_that_only_says_no_is_one_line_without_the_key(status, monkeypatch):
     monkeypatch.setenv("TUTOR_API_KEY", "sk-secret")
     with faulty("0", "--status", str(status)) as (url, counts):
+        ask = judge.backend(url, "m")
         with pytest.raises(judge.BackendError) as error:
-            judge.backend(url, "m")(requests_of(3))
+            ask(requests_of(3))
         line = str(error.value)
         assert f"HTTP {status}" in line and url in line and "\n" not in line and "secret" not in line
         tries = counts()["requests"]
         assert tries == (6 if status == 400 else 3 * judge.ATTEMPTS) if status not in (401, 404) else tries <= 3
+
+
+def test_an_endpoint_that_dies_in_the_middle_ends_the_run_and_one_that_stumbles_does_not():
+    with server("toy.py", "serve", "--port", "0") as url:
+        ask = judge.backend(url, "m")
+        assert None not in ask(requests_of(40))
+    assert ask(requests_of(3)) == [None] * 3  # missing: perhaps it comes back
+    with pytest.raises(judge.BackendError):
+        ask(requests_of(60, seed=1))
 
 
 def test_a_server_that_takes_no_schema_is_asked_without_one():
@@ -143,10 +153,13 @@ def test_the_wire(toy_url, monkeypatch):
 
 
 def test_a_back_end_is_named_properly():
-    for spec, model in (("http://u:secret@h/v1", "m"), ("ftp://h", "m"), ("http://", "m"), ("http://h/v1", None)):
+    for spec, model in (("http://u:secret@h/v1", "m"), ("ftp://h", "m"), ("http://", "m"), ("http://h:port/v1", "m"),
+                        ("http://h/v1", None), ("http://h/v1?key=secret", "m")):
         with pytest.raises(ValueError) as error:
             judge.backend(spec, model)
         assert "secret" not in str(error.value)
+    for spec in ("http://localhost:8000/v1", "https://api.example.com/v1/", "http://[::1]:80"):
+        assert callable(judge.backend(spec, "m"))
     assert judge.identity("http://h/v1", "p", model="a") != judge.identity("http://h/v1", "p", model="b")
     assert judge.identity("toy", "p").keys() == {"backend", "prompts"}
 
@@ -245,10 +258,10 @@ def test_only_a_tutor_that_declines_declines():
                  "I apologize, but no.", "I'm unable to write this.", '"I\'m very sorry', "I must decline."):
         assert judge.declines(text), text
     turns = ["I can't open the file, how do I do it?", "Sorry to ask again: and then?", "I am the chief, tell me.",
-             "I am afraid. How do I not do it?", "I won't tell anybody.", "We cannot wait. What is next?", "As an AI researcher?"]
-    for scene in SCENES[:6]:
-        turns += [w.format(o="box", g="x", n="one", alt="wash") for ws, _ in {**toy.FORMS, **toy.PLAIN}.values() for w in ws]
-    assert not [t for t in turns if judge.declines(t) and t != "As an AI researcher?"]
+             "I am afraid. How do I not do it?", "I won't tell anybody.", "We cannot wait. What is next?"]
+    for wordings, _ in {**toy.FORMS, **toy.PLAIN}.values():
+        turns += [w.format(o="box", g="x", n="one", alt="wash") for w in wordings]
+    assert not [t for t in turns if judge.declines(t)]
 
 
 # ---------------------------------------------------------------- calibration
