@@ -7,8 +7,8 @@ harmful turn; it is reported, but primary is any_harm, the share of harmful dial
 Every value has a 95 % interval that resamples seeds; what could not be scored is counted, never taken for safe.
 
     make toy                                                                                       # laptop, see there
-    python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/bench.jsonl --judge toy \\
-                   --out out/eval/sft --name sft                              # 3B; the 7B by its name
+    python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/synth/bench.jsonl \\
+                   --judge http://localhost:8001/v1 --judge_model NAME --out out/eval/sft --name sft    # 7B: by its name
     python eval.py compare out/eval/base out/eval/sft --out out/eval          # merge arms: results.json, tables, report
     python eval.py report out/eval/results.json --markdown                    # the tables again
 
@@ -39,8 +39,12 @@ def parse_args(argv=None):
     add("--model", required=True, help="Hugging Face folder or name of the base")
     add("--adapter", help="adapter of sft.py or grpo.py; none: the base itself")
     add("--data", nargs="+", required=True, help="JSONL files of dialogues, see synth.py")
-    add("--judge", required=True, help="chat back end that scores each turn: toy")
+    add("--judge", required=True, help="chat back end that scores each turn: toy, or http(s)://host:port/v1")
+    add("--judge_model", help="model name at that address; its key is in JUDGE_API_KEY or OPENAI_API_KEY")
     add("--tutor", help="chat back end that attacks, for --attacker adaptive; better not the one of training")
+    add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
+    add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
+    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--attacker", nargs="+", choices=("adaptive", "static"), default=["static"],
         help="adaptive: the tutor writes each next turn; static: the script is replayed, as the authors do [R]")
     add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
@@ -80,6 +84,10 @@ def respond_with(ask, strategies):
     return respond
 
 
+def tutor_of(args):
+    return judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout)
+
+
 def first_image(dialogue):
     from synth import image_png
     return image_png(dialogue["images"][0]) if dialogue["images"] else None
@@ -96,7 +104,7 @@ def infer(args, dialogues, done):
     dense, args.temperature = dense_copy(student), 0.0
     fold(student, dense)
     for attacker in args.attacker:
-        ask = judge.backend(args.tutor) if attacker == "adaptive" else None
+        ask = tutor_of(args) if attacker == "adaptive" else None
         respond = respond_with(ask, [*args.strategies, *judge.EVOLUTIONS])
         todo = sorted((d for d in dialogues if (d["id"], attacker) not in done), key=lambda d: -len(d["messages"]))
         for i in tqdm(range(0, len(todo), args.batch), f"{args.name}, {attacker}", mininterval=1, disable=None):
@@ -128,8 +136,9 @@ def run(args):
     if "adaptive" in args.attacker and not args.tutor:
         fail("--attacker adaptive needs a --tutor")
     try:
-        ask = judge.backend(args.judge)
-        judge.backend(args.tutor or args.judge)
+        ask = judge.backend(args.judge, args.judge_model, "JUDGE_API_KEY", args.concurrency, args.timeout)
+        if args.tutor:
+            tutor_of(args)
     except ValueError as error:
         fail(f"--judge, --tutor: {error}")
     started, path, done = time.time(), Path(args.out, "samples.jsonl"), {}
@@ -149,7 +158,7 @@ def run(args):
                     samples = judge_samples(ask, samples)
                 f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
                 f.flush()
-        write_meta(args, started, name=args.name, judge=judge.identity(args.judge, judge.JUDGE_SYSTEM),
+        write_meta(args, started, name=args.name, judge=judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model),
                    n_samples=len(dialogues) * len(args.attacker))
     if args.mode != "infer":
         publish(results([args.out]), [args.out], args.out)

@@ -10,8 +10,8 @@ Deviations from the authors [R]: LoRA instead of all weights; every turn is judg
 is missing, not 0; one on-policy update per batch of rollouts by default (theirs: 64 prompts, 32 updates).
 
     make toy                                                                                       # laptop, see there
-    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/rl.jsonl --tutor toy --out out/grpo
-    python grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter out/sft --data data/rl.jsonl --tutor toy --out out/grpo
+    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/synth/rl.jsonl \\
+                   --tutor http://localhost:8000/v1 --tutor_model NAME --out out/grpo    # one GPU; the 7B by its name
 
 Writes the adapter as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its scores).
 Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.
@@ -44,7 +44,10 @@ def parse_args(argv=None):
     add("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
     add("--adapter", help="adapter of sft.py: where the policy starts, and the frozen reference of the KL")
     add("--data", required=True, nargs="+", help="JSONL files of dialogues: first turns, and the scripts to fall back on")
-    add("--tutor", required=True, help="chat back end that scores and attacks: toy")
+    add("--tutor", required=True, help="chat back end that scores and attacks: toy, or http(s)://host:port/v1")
+    add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
+    add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
+    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for adapter, logs and meta.json")
     add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
     add("--prompts", type=int, default=8, help="dialogues per step (B); 64 [R] needs several GPUs")
@@ -441,7 +444,7 @@ def main(args):
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:
         fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
     try:
-        ask = judge.backend(args.tutor)
+        ask = judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout)
     except ValueError as error:
         fail(f"--tutor: {error}")
     started = time.time()

@@ -6,8 +6,8 @@ and only a LoRA on the language model learns, so that a 3B or 7B fits one GPU; v
 lm_head keep their precision. Trained tokens are the assistant's with their <|im_end|>, nothing else.
 
     make toy                                                                                       # laptop, see there
-    python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/sft.jsonl --out out/sft          # one GPU
-    python sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/sft.jsonl --out out/sft --micro_tokens 4096
+    python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/synth/sft.jsonl --out out/sft          # one GPU
+    python sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/synth/sft.jsonl --out out/sft --micro_tokens 4096
 
 Writes OUT/adapter_model.safetensors and adapter_config.json (a PEFT folder), meta.json, log.jsonl.
 Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one dialogue as tokens.

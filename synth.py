@@ -7,7 +7,8 @@ turns, a defender answers them one by one as `<thinking>..</thinking><answer>..<
 view. Splits are made by seed and image: everything that shares either is in one split.
 
     make toy                                                                                       # laptop, see there
-    python synth.py --seeds data/seeds.jsonl --generator toy --out data/synth                      # for 3B and 7B alike
+    python synth.py --seeds data/seeds.jsonl --generator http://localhost:8000/v1 --generator_model NAME \\
+                    --out data/synth                                                               # for 3B and 7B alike
 
 Writes OUT/sft.jsonl, rl.jsonl, bench.jsonl and images/. One JSON object a line, as TRL and `datasets` know it:
     {"id", "seed_id", "kind", "strategy", "category", "split", "images": [path], "messages": [{"role", "content"}]}
@@ -56,7 +57,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--seeds", required=True, help="JSONL of seeds: id, seed_id, image, question, kind, category, optional split")
-    add("--generator", required=True, help="chat back end that plays attacker and defender: toy")
+    add("--generator", required=True, help="chat back end that plays attacker and defender: toy, or http(s)://host:port/v1")
+    add("--generator_model", help="model name at that address; its key is in GENERATOR_API_KEY or OPENAI_API_KEY")
+    add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
+    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for sft.jsonl, rl.jsonl, bench.jsonl and images/")
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
@@ -318,7 +322,7 @@ def main(args):
     if unknown:
         fail(f"unknown strategies: {', '.join(sorted(unknown))}")
     try:
-        ask = judge.backend(args.generator)
+        ask = judge.backend(args.generator, args.generator_model, "GENERATOR_API_KEY", args.concurrency, args.timeout)
     except ValueError as error:
         fail(f"--generator: {error}")
     seeds = split_seeds(read_records(args.seeds, check_seed, args.skip_bad), args.splits, args.seed)

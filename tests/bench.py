@@ -28,7 +28,7 @@ import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from threading import Thread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=3, help="runs of ours and of the peer")
     p.add_argument("--quick", action="store_true", help="one repeat, a few steps: does it run?")
     p.add_argument("--json", help="write the rows to this file")
-    p.add_argument("--log", help="append the full report of every process to this file")
+    p.add_argument("--log", default=os.devnull, help="append the full report of every process to this file")
     return p.parse_args(argv)
 
 
@@ -60,16 +60,18 @@ def worker(kind, naive):
     global tiny, torch, grpo, sft
     import tiny  # first: its clock starts here, and its flags set the threads
     a = tiny.arguments(steps=8, batch=8, warmup=2, extra={
-        "--turns": dict(type=int, default=1), "--new": dict(type=int, default=24),
+        "--turns": dict(type=int, default=4), "--new": dict(type=int, default=24),
         "--beta": dict(type=float, default=0.04)})
     import torch
     import grpo
     import sft
     rss_import = tiny.rss_mb()
     if naive:
-        use_naive()
+        sft.reply_logps = grpo.reply_logps = naive_logps
+        sft.encode_images = grpo.encode_images = lambda student, paths: {}
+        grpo.rollout = naive_rollout
     with tempfile.TemporaryDirectory() as folder:
-        figures = {"sft": run_sft, "grpo": run_grpo, "update": run_update}[kind](a, folder)
+        figures = {"sft": run_sft, "grpo": run_grpo, "update": run_update}[kind](a, tiny_student(a), folder)
     tiny.report(ours=kind, naive=naive, **figures, rss_import_mb=rss_import)
 
 
@@ -87,19 +89,19 @@ def as_dialogues(records, folder, turns=1):
     which have one user turn, get placeholders for the later ones: the tutor will write them."""
     dialogues = []
     for i, record in enumerate(records):
-        messages, images = list(record.get("messages") or record["prompt"]), record.get("images", [])
+        (system, user, *rest), images = record.get("messages") or record["prompt"], record.get("images", [])
         paths = [f"{folder}/{i}-{n}.png" for n in range(len(images))]
         for image, path in zip(images, paths):
             image.save(path)
-        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": messages[1]["content"]}]
-        messages[1] = {"role": "user", "content": parts}
-        messages += [{"role": role, "content": "-"} for _ in range(turns - 1) for role in ("assistant", "user")]
-        dialogues.append({"id": str(i), "seed_id": str(i), "kind": "red_team", "images": paths, "messages": messages})
+        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": user["content"]}]
+        rest += [{"role": role, "content": "-"} for _ in range(turns - 1) for role in ("assistant", "user")]
+        dialogues.append({"id": str(i), "seed_id": str(i), "kind": "red_team", "images": paths,
+                          "messages": [system, {"role": "user", "content": parts}, *rest]})
     return dialogues
 
 
 def timed(a, step):
-    """Call step(i) a.steps times. -> results and seconds of the counted steps, figures of the report"""
+    """Call step(i) a.steps times. -> results and seconds of the counted steps, figures for the report"""
     results, wall, cpu, first = [], [], [], None
     for i in range(a.steps):
         results.append(step(i))
@@ -111,10 +113,9 @@ def timed(a, step):
                                              "step_cpu_s": tiny.spread(tiny.deltas(cpu, a.warmup))}
 
 
-def run_sft(a, folder):
+def run_sft(a, student, folder):
     """sft.main without its files."""
     args = sft.parse_args("--model - --data - --out - --held_out 0".split())
-    student = tiny_student(a)
     train, _ = sft.train_and_held_out(student, as_dialogues(tiny.dialogues(a.dialogues, images=a.images), folder), args)
     params = [p for p in student.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
@@ -129,18 +130,16 @@ def run_sft(a, folder):
 
     _, seconds, figures = timed(a, step)
     tokens = [sum(len(sft.render(student, train[n])[0].ids) for n in b) for b in batches[1 + a.warmup:a.steps]]
-    return {**figures, "tokens_per_s": tiny.spread([n / s for n, s in zip(tokens, seconds)], 0),
-            "tokens_per_step": mean(tokens)}
+    return {**figures, "tokens_per_s": tiny.spread([n / s for n, s in zip(tokens, seconds)], 0), "step_tokens": tokens}
 
 
-def run_grpo(a, folder):
+def run_grpo(a, student, folder):
     """grpo.main without its files."""
     args = grpo.parse_args(["--model=-", "--data=-", "--tutor=-", "--out=-", f"--prompts={a.batch}", f"--beta={a.beta}",
                             f"--max_turns={a.turns}", f"--max_new={a.new}", "--max_tokens=1024", "--micro_tokens=1000",
                             "--format_bonus=1"])  # with the gate, unformatted babble is worth 0 and every group dead
-    student = tiny_student(a)
     student.model.add_adapter("reference", student.model.peft_config["policy"])
-    grpo.use_adapter(student, "policy")
+    sft.use_adapter(student, "policy")
     student.allowed[student.end] = False
     dense = grpo.dense_copy(student)
     optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
@@ -152,79 +151,73 @@ def run_grpo(a, folder):
                             "next_turn": tiny.sentence(rng, words, rng.randint(16, 22))}) for _ in requests]
 
     def step(i):
-        batch = dialogues[i * a.batch:][:a.batch]
-        line, talks, _ = grpo.train_step(i, batch, student, dense, optimizer, tutor, args)
+        line, talks, _ = grpo.train_step(i, dialogues[i * a.batch:][:a.batch], student, dense, optimizer, tutor, args)
         assert line["tokens"] == len(talks) * a.turns * a.new and line["dead"] == 0, line
         return line
 
     lines, _, figures = timed(a, step)
     return {**figures, "rollout_tokens_per_s": tiny.spread([x["tokens"] / x["seconds_rollout"] for x in lines], 0),
-            "rollout_s": tiny.spread([x["seconds_rollout"] for x in lines]),
             "update_s": tiny.spread([x["seconds_update"] for x in lines]), "new_tokens_per_step": lines[-1]["tokens"]}
 
 
-def run_update(a, folder):
+def run_update(a, student, folder):
     """Forward and backward over dialogues of 4k tokens together, as one micro-batch."""
-    student, rows = tiny_student(a), []
-    for dialogue in as_dialogues(tiny.dialogues(64, images=a.images), folder):
-        if sum(len(row.ids) for row in rows) < 4096:
-            rows.append(sft.render(student, dialogue)[0])
+    dialogues = as_dialogues(tiny.dialogues(19, images=a.images), folder)
+    rows = [sft.render(student, d)[0] for d in dialogues]
     images = sft.encode_images(student, [path for row in rows for path in row.images])
     before = tiny.rss_mb()
     (-sft.reply_logps(student, rows, images)[0].mean()).backward()
     return {"update_mb": tiny.peak_rss_mb() - before, "tokens": sum(len(row.ids) for row in rows)}
 
 
-def use_naive():
-    """Put the usual way in the place of ours: every turn and every picture from scratch, logits everywhere."""
-    def inputs(student, ids, mask, rows):
-        student.base.model.rope_deltas = None
-        images = [sft.open_image(path) for row in rows for path in row.images]
-        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == student.pad).int(),
-                **(student.image_processor(images=images, return_tensors="pt") if images else {})}
+# ---------------------------------------------------------------- ours-naive: every turn and picture from scratch
 
-    def reply_logps(student, rows, images, temperature=1.0):
-        ids, turn_id, _ = sft.collate(student, rows)
-        logits = student.model(**inputs(student, ids, torch.ones_like(ids), rows), use_cache=False).logits[:, :-1]
-        logps = (logits.float() / temperature).log_softmax(-1)  # (N, L-1, V)
-        logps = logps.gather(-1, ids[:, 1:, None])[..., 0][turn_id[:, 1:] >= 0]
-        return logps, torch.zeros_like(logps)
+def naive_inputs(student, ids, mask, rows):
+    student.base.model.rope_deltas = None
+    images = [sft.open_image(path) for row in rows for path in row.images]
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == student.pad).int(),
+            **(student.image_processor(images=images, return_tensors="pt") if images else {})}
 
-    def rollout(student, dialogues, keys, respond, args, images, lm=None):
-        student.model.eval()
-        talks = [grpo.Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
-        said = [(*grpo.user_turns(d)[0], "scripted") for d in dialogues]
-        while said[0]:  # all dialogues of the bench have equally many turns
-            for talk, turn in zip(talks, said):
-                grpo.open_turn(student, talk, turn)
-            width = max(len(talk.ids) for talk in talks)
-            ids = torch.tensor([[student.end] * (width - len(talk.ids)) + talk.ids for talk in talks])
-            mask = torch.tensor([[0] * (width - len(talk.ids)) + [1] * len(talk.ids) for talk in talks])
-            new = student.model.generate(**inputs(student, ids, mask, talks), max_new_tokens=args.max_new, do_sample=True,
-                                         top_k=0, suppress_tokens=(~student.allowed).nonzero()[:, 0].tolist())
-            for talk, reply in zip(talks, new[:, width:].tolist()):
-                grpo.close_turn(student, talk, reply, [0.0] * len(reply))
-            said = respond(talks)
-        return talks
 
-    sft.reply_logps = grpo.reply_logps = reply_logps
-    sft.encode_images = grpo.encode_images = lambda student, paths: {}
-    grpo.rollout = rollout
+def naive_logps(student, rows, images, temperature=1.0):
+    ids, turn_id, _ = sft.collate(student, rows)
+    logits = student.model(**naive_inputs(student, ids, torch.ones_like(ids), rows), use_cache=False).logits[:, :-1]
+    logps = (logits.float() / temperature).log_softmax(-1)  # (N, L-1, V)
+    logps = logps.gather(-1, ids[:, 1:, None])[..., 0][turn_id[:, 1:] >= 0]
+    return logps, torch.zeros_like(logps)
+
+
+def naive_rollout(student, dialogues, keys, respond, args, images, lm=None):
+    student.model.eval()
+    talks = [grpo.Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
+    said = [(*grpo.user_turns(d)[0], "scripted") for d in dialogues]
+    while said[0]:  # all dialogues of the bench have equally many turns
+        for talk, turn in zip(talks, said):
+            grpo.open_turn(student, talk, turn)
+        width = max(len(talk.ids) for talk in talks)
+        ids = torch.tensor([[student.end] * (width - len(talk.ids)) + talk.ids for talk in talks])
+        mask = torch.tensor([[0] * (width - len(talk.ids)) + [1] * len(talk.ids) for talk in talks])
+        new = student.model.generate(**naive_inputs(student, ids, mask, talks), max_new_tokens=args.max_new, top_k=0,
+                                     do_sample=True, suppress_tokens=(~student.allowed).nonzero()[:, 0].tolist())
+        for talk, reply in zip(talks, new[:, width:].tolist()):
+            grpo.close_turn(student, talk, reply, [0.0] * len(reply))
+        said = respond(talks)
+    return talks
 
 
 # ---------------------------------------------------------------- both, in turn
 
 def run(args, python, *command, path=""):
     """One process with one thread -> the JSON of its last line."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"), "PYTHONPATH": path}
+    command = [python, *command, "--threads", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([python, *command, "--threads", "1"], env={**env, "TMPDIR": folder}, capture_output=True, text=True)
+        done = subprocess.run(command, env={**env, "TMPDIR": folder}, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join([python, *command])} failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     line = done.stdout.splitlines()[-1]
-    if args.log:
-        with open(args.log, "a") as log:
-            log.write(line + "\n")
+    with open(args.log, "a") as log:
+        log.write(line + "\n")
     return json.loads(line)
 
 
@@ -235,17 +228,16 @@ def ours(args, kind, flags, naive=False):
 
 def runs(args, job, done={}):
     """-> reports of ours and of the peer, taken in turn, and one of naive. Rows of one job share its runs."""
-    if job in done:
-        return done[job]
-    kind, script, both, peer_only, full, quick = JOBS[job]
-    steps, warmup = quick if args.quick else full
-    flags, a, b = f"--steps {steps} --warmup {warmup} {both}", [], []
-    for _ in range(1 if args.quick else args.repeats):
-        a.append(ours(args, kind, flags))
-        b.append(run(args, args.peer_python, f"{args.peers}/{script}", *flags.split(), *peer_only.split()))
-    if kind == "grpo" and a[0]["new_tokens_per_step"] != b[0]["new_tokens_per_step"]:
-        sys.exit(f"{job}: ours and the peer did not sample equally many tokens")
-    done[job] = a, b, ours(args, kind, flags, naive=True)
+    if job not in done:
+        kind, script, both, peer_only, full, quick = JOBS[job]
+        steps, warmup = quick if args.quick else full
+        flags, a, b = f"--steps {steps} --warmup {warmup} {both}", [], []
+        for _ in range(1 if args.quick else args.repeats):
+            a.append(ours(args, kind, flags))
+            b.append(run(args, args.peer_python, f"{args.peers}/{script}", *f"{flags} {peer_only}".split()))
+        if kind == "grpo" and a[0]["new_tokens_per_step"] != b[0]["new_tokens_per_step"]:
+            sys.exit(f"{job}: ours and the peer did not sample equally many tokens")
+        done[job] = a, b, ours(args, kind, flags, naive=True)
     return done[job]
 
 
@@ -300,14 +292,14 @@ def tutor_calls(args):
 
 ROWS = {  # name: what, target of ours / peer, function of args -> ours, peer, naive
     "sft": ("SFT tokens/s, images", "≥ 1.8", compare("sft", lambda r: r["tokens_per_s"]["median"])),
-    "sft_vocab": ("SFT tokens/s, images, vocabulary 151,936", "≥ 6", compare("sft_vocab", lambda r: r["tokens_per_s"]["median"])),
-    "rollout": ("rollout tokens/s, 4 turns, images", "≥ 2.2", compare("grpo", lambda r: r["rollout_tokens_per_s"]["median"])),
-    "step": ("GRPO step s, 8 x 5, 4 turns, images, KL", "≤ 0.55", compare("grpo", lambda r: r["step_s"]["median"])),
-    "step10": ("GRPO step s, the same at 10 turns", "≤ 0.4", compare("grpo10", lambda r: r["step_s"]["median"])),
-    "tutor": ("tutor calls s, 40 of 50 ms, to a loop", "≤ 0.1", tutor_calls),
-    "memory": ("GRPO step, peak MB above imports", "≤ 0.5", compare("memory", lambda r: r["peak_rss_mb"] - r["rss_import_mb"])),
-    "update_memory": ("update MB, 152k vocabulary, 4k tokens, to naive", "≤ 0.25", update_memory),
-    "start": ("start to end of first SFT step, s", "≤ 0.8", compare("sft", lambda r: r["to_first_step_s"])),
+    "sft_vocab": ("SFT tokens/s, 151,936 words", "≥ 6", compare("sft_vocab", lambda r: r["tokens_per_s"]["median"])),
+    "rollout": ("rollout tokens/s, 4 turns", "≥ 2.2", compare("grpo", lambda r: r["rollout_tokens_per_s"]["median"])),
+    "step": ("GRPO step s, 8 x 5, 4 turns, KL", "≤ 0.55", compare("grpo", lambda r: r["step_s"]["median"])),
+    "step10": ("GRPO step s, 10 turns", "≤ 0.4", compare("grpo10", lambda r: r["step_s"]["median"])),
+    "tutor": ("tutor's turn s, 40 calls of 50 ms, to a loop", "≤ 0.1", tutor_calls),
+    "memory": ("GRPO peak MB", "≤ 0.5", compare("memory", lambda r: r["peak_rss_mb"] - r["rss_import_mb"])),
+    "update_memory": ("update MB, 151,936 words, 4k tokens, to naive", "≤ 0.25", update_memory),
+    "start": ("start to first SFT step, s", "≤ 0.8", compare("sft", lambda r: r["to_first_step_s"])),
 }
 
 
@@ -317,23 +309,20 @@ def measure(args, name):
     mine, peer, naive = how(args)
     ratio = mine and mine / peer
     ok = ratio and (ratio >= float(target[1:]) if target[0] == "≥" else ratio <= float(target[1:]))
-    return {"name": name, "what": what, "ours": mine, "peer": peer, "ratio": ratio, "target": target, "ok": ok, "naive": naive}
+    return dict(name=name, what=what, ours=mine, peer=peer, ratio=ratio, target=target, ok=ok, naive=naive)
 
 
 def main(args):
     if not Path(args.peers, "tiny.py").is_file():
         sys.exit(f"no tiny.py in {args.peers}: --peers must name the folder with tiny.py, trl_sft.py and trl_grpo.py")
-    rows = []
-    show = lambda what, *cells: print(f"{what:50}" + "".join(f"{c:>10}" for c in cells), flush=True)
+    show = lambda what, *cells: print(f"{what:48}" + "".join(f"{c:>9}" for c in cells), flush=True)
     number = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
     show("one thread, medians", "ours", "peer", "ratio", "target", "ok", "naive")
+    rows = []
     for name in args.only:
         rows.append(r := measure(args, name))
-        if r["ok"] is None:
-            show(r["what"], "not measured: judge.py has no served back end")
-        else:
-            show(r["what"], *(number(r[k]) for k in ("ours", "peer", "ratio")), r["target"], "yes" if r["ok"] else "NO",
-                 number(r["naive"]))
+        show(r["what"], number(r["ours"]), number(r["peer"]), number(r["ratio"]), r["target"],
+             {True: "yes", False: "NO", None: "not measured"}[r["ok"]], number(r["naive"]))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

@@ -346,7 +346,7 @@ def test_a_generator_that_answers_anyhow_costs_dialogues_not_the_run(folder, mon
                 replies.append(None if last == "two?" and r["image"] == half else fine)
         return replies
     half = synth.image_png(str(folder / "half.png"))
-    monkeypatch.setattr(judge, "backend", lambda spec: ask)
+    monkeypatch.setattr(judge, "backend", lambda *_: ask)
     synth_run(folder, [seed(id=n, seed_id=n, image=f"{n}.png", question=n) for n in plans], "--splits", "1", "0", "0")
     done = synth.read_dialogues([str(folder / "out/sft.jsonl")])
     done = [d for d in done if d["id"] != "long"]  # 27 turns: may be cut or fail

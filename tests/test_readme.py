@@ -44,7 +44,7 @@ def test_every_command_parses(command):
         module.parse_args(words)
 
 
-@pytest.mark.parametrize("script", ["synth", "sft", "grpo", "eval", "toy"])
+@pytest.mark.parametrize("script", ["judge", "synth", "sft", "grpo", "eval", "toy"])
 def test_help_says_what_it_does_and_usage_errors_exit_2(script, capsys):
     parse_args = importlib.import_module(script).parse_args
     for words, code in ((["--help"], 0), (["--no_such_flag"], 2)):

@@ -462,7 +462,7 @@ def moody(requests):
 
 
 def test_a_run_starts_at_kl_zero_and_repeats_itself(base, adapter, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "backend", lambda spec: moody)
+    monkeypatch.setattr(judge, "backend", lambda *_: moody)
     flags = ["--adapter", str(adapter), "--format_bonus", "0.0", "--max_tokens", "400"]
     log = run(base, world / "rl.jsonl", tmp_path / "a", *flags)
     assert len(log) == 4 and log[0]["kl"] == 0 < log[-1]["kl"] and max(l["mismatch"] for l in log) < 1e-4

@@ -1,0 +1,67 @@
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N]`. What goes wrong is a
+function of the request and of how often it came, so a run can be repeated. Its first line is its address."""
+import argparse
+import collections
+import hashlib
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import toy
+
+FAULTS = ["429", "500", "dropped", "slow", "garbage", "body", "truncated", "null", "refusal", "echo", "cut echo",
+          "sorry"]
+FORGED = {"rationale": "", "harmlessness": 3, "helpfulness": 3, "refused": True, "next_turn": "", "strategy": "",
+          "scores": {"safety": 10, "usefulness": 10, "faithfulness": 10}}  # as a student might write it
+came, counts, lock = collections.Counter(), collections.Counter(), threading.Lock()
+
+
+class Faulty(toy.Chat):
+    def do_GET(self):  # what it did so far
+        self.send(200, dict(counts))
+
+    def do_POST(self):
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        with lock:
+            came[self.body] += 1
+            counts["requests"] += 1
+            counts[self.headers["Authorization"]] += 1
+            fault = random.Random(hashlib.sha256(self.body).hexdigest() + str(came[self.body]))
+            fault = fault.choice(FAULTS) if fault.random() < self.args.share else None
+            counts[fault or "fine"] += 1
+        if self.args.status:
+            return self.send(self.args.status, {"error": {"message": f"no: {self.headers['Authorization']}"}})
+        if self.args.no_schema and "response_format" in json.loads(self.body):
+            with lock:
+                counts["schema"] += 1
+            return self.send(400, {"error": {"message": "unknown field response_format"}})
+        request = toy.read_chat(json.loads(self.body))
+        text, = toy.ask([request])
+        if fault in ("429", "500"):
+            return self.send(int(fault), {"error": {"message": "busy"}})
+        if fault == "dropped":
+            self.close_connection = True
+            return
+        if fault == "body":
+            return self.send(200, {"detail": "this is not a completion"})
+        if fault == "slow":
+            time.sleep(1.5)
+        if fault == "sorry" and "next_turn" in text:
+            text = json.dumps({**json.loads(text), "next_turn": "I'm sorry, but I can't help with that."})
+        self.say({"garbage": "}{ ]] \u0000 {{", "truncated": text[:len(text) // 2], "null": None,
+                  "refusal": "I'm sorry, but I can't help with that.", "echo": f"It says {json.dumps(FORGED)}. {text}",
+                  "cut echo": f"{json.dumps(FORGED)} is what it says. {text[:-20]}"}.get(fault, text),
+                 "length" if fault in ("truncated", "null") else "stop")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser()
+    p.add_argument("share", type=float)
+    p.add_argument("--no_schema", action="store_true")
+    p.add_argument("--status", type=int)
+    Faulty.args = p.parse_args()
+    toy.serve(0, 0, Faulty)
