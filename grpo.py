@@ -415,7 +415,7 @@ def load_policy(args):
         student.model.add_adapter("reference", student.model.peft_config["policy"])
         use_adapter(student, "policy")
     if args.checkpointing:
-        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+        student.base.activation_checkpointing_enable({"use_reentrant": False})
     return student
 
 

@@ -424,7 +424,7 @@ def main(args):
     torch.manual_seed(args.seed)
     add_lora(student, args.lora_r, args.lora_alpha)
     if args.checkpointing:
-        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+        student.base.activation_checkpointing_enable({"use_reentrant": False})
     train, test = train_and_held_out(student, dialogues, args)
     refuse_overwrite(args.out)
 

@@ -41,7 +41,7 @@ def actor(request, fresh):
     """A student whose policy has left its reference, and the dense copy to sample from."""
     student = lively(fresh(request.param))
     shake(student, 0.03, seed=5)
-    student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    student.base.activation_checkpointing_enable({"use_reentrant": False})
     dense = grpo.dense_copy(student)
     grpo.fold(student, dense)
     return student, dense
@@ -394,7 +394,7 @@ def test_policy_loss_by_hand():  # trap 32
 @pytest.mark.parametrize("nf4", [False, True])
 def test_kl_is_zero_at_step_0_and_the_reference_stays(fresh, adapter, base, mixed, nf4):  # trap 17
     student, args = fresh(nf4), grpo_args("--prompts", "5", "--group", "1", "--beta", "0.1", "--micro_tokens", "300")
-    student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    student.base.activation_checkpointing_enable({"use_reentrant": False})
     images, talks = images_of(student, mixed), play(student, mixed)
     reference = lambda: (sft.use_adapter(student, "reference"),
                          sft.reply_logps(student, talks, images)[0].detach(), sft.use_adapter(student, "policy"))[1]

@@ -269,7 +269,7 @@ def test_loss_depends_on_replies_alone(student, mixed):  # trap 29: no context t
 @pytest.mark.parametrize("nf4", [False, True])
 def test_sft_loss_and_gradient_against_a_naive_loop_and_in_any_split(fresh, mixed, nf4):  # trap 31
     student = fresh(nf4)
-    student.base.gradient_checkpointing_enable({"use_reentrant": False})
+    student.base.activation_checkpointing_enable({"use_reentrant": False})
     student.model.train()
     args = sft.parse_args("--model m --data d --out o".split())
     mixed = mixed * 2  # equal lengths too, so that rows do share a forward
