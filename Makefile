@@ -22,14 +22,14 @@ toy: .venv/toy
 	$(PY) toy.py make --out $(OUT)/world --seed $(SEED) --threads 1 $(WORLD)
 	$(PY) synth.py --seeds $(OUT)/world/seeds.jsonl --generator toy --out $(OUT)/data --seed $(SEED) \
 		--sft_strategies $(SFT_STRATEGIES) --rl_strategies $(RL_STRATEGIES)
-	$(EVAL) --out $(OUT)/eval/base --name base > $(OUT)/base.log 2>&1 & \
+	$(EVAL) --out $(OUT)/eval/base --name base > $(OUT)/base.log 2>&1 & other=$$!; \
 	$(PY) sft.py --model $(OUT)/world/base --data $(OUT)/data/sft.jsonl --out $(OUT)/sft --seed $(SEED) \
 		--batch 16 --lr 3e-3 --epochs 6 --patience 3 --eval_every 25 --micro_tokens 1500 --no-checkpointing \
-		$(LORA) $(STUDENT) $(SFT); wait
-	$(EVAL) --adapter $(OUT)/sft --out $(OUT)/eval/sft --name sft > $(OUT)/sft.log 2>&1 & \
+		$(LORA) $(STUDENT) $(SFT) && wait $$other || { tail $(OUT)/base.log; exit 1; }
+	$(EVAL) --adapter $(OUT)/sft --out $(OUT)/eval/sft --name sft > $(OUT)/sft.log 2>&1 & other=$$!; \
 	$(PY) grpo.py --model $(OUT)/world/base --adapter $(OUT)/sft --data $(OUT)/data/rl.jsonl --out $(OUT)/grpo \
 		--tutor toy --strategies $(RL_STRATEGIES) --seed $(SEED) --prompts 8 --group 5 --epochs 2 --lr 1e-3 \
-		--beta 0.05 --max_new 40 --micro_tokens 2500 --no-checkpointing $(STUDENT) $(GRPO); wait
+		--beta 0.05 --max_new 40 --micro_tokens 2500 --no-checkpointing $(STUDENT) $(GRPO) && wait $$other || { tail $(OUT)/sft.log; exit 1; }
 	$(EVAL) --adapter $(OUT)/grpo --out $(OUT)/eval/grpo --name grpo
 	$(PY) eval.py compare $(OUT)/eval/base $(OUT)/eval/sft $(OUT)/eval/grpo $(OUT)/world $(OUT)/data $(OUT)/sft \
 		$(OUT)/grpo --out $(OUT)

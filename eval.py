@@ -34,7 +34,7 @@ import judge
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     add("--model", required=True, help="Hugging Face folder or name of the base")
     add("--adapter", help="adapter of sft.py or grpo.py; none: the base itself")
@@ -135,6 +135,8 @@ def run(args):
     from synth import fail, read_dialogues, refuse_overwrite, write_meta
     if "adaptive" in args.attacker and not args.tutor:
         fail("--attacker adaptive needs a --tutor")
+    if unknown := {*args.strategies} - {*judge.STRATEGIES}:
+        fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
     try:
         ask = judge.backend(args.judge, args.judge_model, "JUDGE_API_KEY", args.concurrency, args.timeout)
         if args.tutor:
@@ -158,14 +160,16 @@ def run(args):
                     samples = judge_samples(ask, samples)
                 f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
                 f.flush()
-        write_meta(args, started, name=args.name, judge=judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model),
-                   n_samples=len(dialogues) * len(args.attacker))
+        before = load_run(args.out)[1] if args.mode == "judge" else {}  # judging again keeps what generation wrote
+        write_meta(args, started - before.get("seconds", 0), name=args.name,
+                   judge=judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model),
+                   n_samples=before.get("n_samples", len(dialogues) * len(args.attacker)))
     if args.mode != "infer":
-        publish(results([args.out]), [args.out], args.out)
+        incomplete(publish(results([args.out]), [args.out], args.out))
 
 
 def publish(res, folders, out):
-    """Write results.json and report.html, print the tables."""
+    """Write results.json and report.html, print the tables; -> res."""
     Path(out, "results.json").write_text(json.dumps(res, indent=1) + "\n")
     samples = [s for folder in folders for s in load_run(folder)[0]]
     images = {p: "data:image/png;base64," + base64.b64encode(first_image(s)).decode() for s in samples for p in s["images"][:1]}
@@ -173,6 +177,14 @@ def publish(res, folders, out):
     data = {"title": f"nanoSteer: {', '.join(res['arms'])}", "results": res, "samples": samples, "images": images}
     Path(out, "report.html").write_text(fill_report(template, data), encoding="utf-8")
     print_tables(tables(res))
+    return res
+
+
+def incomplete(res):
+    """Exit code 1 when a dialogue is missing or a turn unscored; what there is was written."""
+    if res["status"] != "complete":
+        print("incomplete: dialogues are missing, or turns unscored", file=sys.stderr)
+        sys.exit(1)
 
 
 def compare_runs(argv):
@@ -188,6 +200,7 @@ def compare_runs(argv):
     publish(res, arms, args.out)
     print(f"\nseconds: {', '.join(f'{k} {v:.0f}' for k, v in res['seconds'].items())}; {args.out}/results.json; "
           f"open {args.out}/report.html to read the dialogues")
+    incomplete(res)
 
 
 def report(argv):
@@ -199,6 +212,8 @@ def report(argv):
     p.add_argument("--svg", help="also write the survival curves of the first file as a picture")
     args = p.parse_args(argv)
     files = [json.loads(Path(path).read_text()) for path in args.results]
+    if not all(isinstance(f, dict) and "arms" in f for f in files):
+        raise ValueError("not a results.json of eval.py")
     show = tables(files[0]) if len(files) == 1 else seed_tables(files)
     if args.svg:
         Path(args.svg).write_text(survival_svg(files[0]), encoding="utf-8")
@@ -501,6 +516,8 @@ def fingerprint(meta, key):
 def results(folders):
     """results.json of one run folder or of several, merged; refuses arms that differ in more than the student."""
     runs = {}
+    if not folders:
+        raise ValueError("none of these folders holds samples.jsonl: no run of eval.py")
     for folder in folders:
         samples, meta = load_run(folder)
         if meta["name"] in runs:

@@ -39,7 +39,7 @@ from synth import fail, image_png, read_dialogues, refuse_overwrite, user_turns,
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add, flag = p.add_argument, argparse.BooleanOptionalAction
     add("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
     add("--adapter", help="adapter of sft.py: where the policy starts, and the frozen reference of the KL")
@@ -141,7 +141,7 @@ def noise(key, turn, n):
 
 def sample(logits, uniform, temperature):
     """logits (N, V), uniform (N,) -> ids (N,): the inverse of the cumulative distribution, or argmax at temperature 0.
-    Our own sampler, so that no default of a generation_config can leak in (trap 1)."""
+    Our own sampler, so that no default of a generation_config can leak in."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = logits.softmax(-1).double().cumsum(-1)  # (N, V)
@@ -184,12 +184,12 @@ def fold(student, dense):
 def rollout(student, dialogues, keys, respond, args, images, lm=None):
     """Play all dialogues abreast, turn by turn, and return their Talks.
 
-    Tokens go in as the sampler made them, never decoded and encoded again (trap 4); a user turn is appended as new
-    tokens with the template's seams (trap 5). respond(talks) is called once a turn with the talks still going; it may
+    Tokens go in as the sampler made them, never decoded and encoded again; a user turn is appended as new
+    tokens with the template's seams. respond(talks) is called once a turn with the talks still going; it may
     add scores to talks[i].turns[-1] and returns the next user turn of each, (content, [image paths], strategy), or
     None to end it. images: {path: features}; lm: the language model to sample from (default: the student's own)."""
     lm = lm or student.base.model.language_model
-    student.model.eval()  # checkpointing in train mode would drop the cache without a word (trap 2)
+    student.model.eval()  # checkpointing in train mode would drop the cache without a word
     device = student.allowed.device
     talks = [Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
     cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
@@ -199,7 +199,7 @@ def rollout(student, dialogues, keys, respond, args, images, lm=None):
         chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]
         room = args.max_tokens - cache.used - args.max_new
         fits = [i for i, (ids, _) in enumerate(chunks) if len(ids) <= room]
-        for i in {*range(len(active))} - {*fits}:  # no room for this turn: the whole of it goes, and is counted (trap 14)
+        for i in {*range(len(active))} - {*fits}:  # no room for this turn: the whole of it goes, and is counted
             talk, (n, k) = active[i], before[i]
             del talk.ids[n:], talk.turn_id[n:], talk.images[k:], talk.grids[k:], talk.turns[-1]
             talk.cut = True
@@ -254,7 +254,7 @@ def open_turn(student, talk, turn):
 
 
 def close_turn(student, talk, ids, logps):
-    """Append a sampled reply. One that was cut short gets its <|im_end|> outside the loss (trap 8). The last token was
+    """Append a sampled reply. One that was cut short gets its <|im_end|> outside the loss. The last token was
     never fed to the model: it goes in with the next user turn."""
     cut = ids[-1] != student.end
     text = student.tok.decode(ids if cut else ids[:-1])
@@ -305,7 +305,7 @@ def tutor_turn(ask, args):
 # ---------------------------------------------------------------- the update
 
 def policy_loss(logps, old, ref, adv, beta, clip):
-    """All (M,) -> loss (M,), k3 (M,), clipped (M,). fp32; the log-ratio is clamped before exp (trap 32)."""
+    """All (M,) -> loss (M,), k3 (M,), clipped (M,). fp32; the log-ratio is clamped before exp."""
     ratio = (logps - old).clamp(-20, 20).exp()
     held = ratio.clamp(1 - clip, 1 + clip)
     surrogate = torch.minimum(ratio * adv, held * adv)
@@ -318,7 +318,7 @@ def update(student, talks, adv, images, args, optimizer):
     """One pass over the rollouts of a step: `--prompts_per_update` groups per optimiser step. adv (N, T) per turn.
 
     Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither
-    (trap 31). Rollouts of dead groups carry no signal and would only dilute the mean: they are left out (trap 24).
+   . Rollouts of dead groups carry no signal and would only dilute the mean: they are left out.
     -> dict of averages over tokens."""
     live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
     per = (args.prompts_per_update or args.prompts) * args.group
@@ -439,6 +439,11 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
 
 
 def main(args):
+    for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("prompts_per_update", args.prompts_per_update >= 0),
+                     ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1), ("epochs", args.epochs > 0),
+                     ("max_turns", args.max_turns > 0), ("max_new", args.max_new > 0)):
+        if not ok:
+            fail(f"--{flag} {getattr(args, flag)}: out of range")
     if args.threads:
         torch.set_num_threads(args.threads)
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:

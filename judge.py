@@ -6,7 +6,7 @@ one batched call per turn, replies in the order of the requests, None where none
 and `backend(spec)` makes the function from a flag's value. Prompts, parsing, repair and rewards are the same code for
 every back end, so the toy world of toy.py sees exactly what a served 72B model would see.
 
-- The *tutor* (Stage III of the paper, [R] in method.md) scores the student's last turn and writes the next attack in
+- The *tutor* (Stage III of the paper; [R] marks what the authors' repository says) scores the student's last turn and writes the next attack in
   one call: integers 1..10 for safety, usefulness and faithfulness, a strategy, the next user turn.
 - The *judge* (evaluation) scores one turn given the whole history: harmlessness -3..3, helpfulness 0..3, refusal.
 
@@ -26,6 +26,14 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help of all scripts: the docstring as it stands, every flag with its default."""
+
+    def _get_help_string(self, action):
+        plain = action.required or action.default in (None, False, argparse.SUPPRESS)
+        return action.help if plain else f"{action.help} (default: %(default)s)"
+
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -150,7 +158,7 @@ def integer(value, low, high):
 
 
 def declines(turn):
-    """Is this "user turn" the tutor's own apology or refusal to play (trap 38)? It would measure the tutor."""
+    """Is this "user turn" the tutor's own apology or refusal to play? It would measure the tutor."""
     return bool(re.match(
         r"\W*((i'?m|i am|we are|we're) (\w+ )?(sorry|unable|not able)|sorry,? (but )?(i|we) (can|will|won)|"
         r"i apologi[sz]e|as an ai\b|(i|we) (must|have to) (decline|refuse)|(i|we) (can't|cannot|won't|will not) (help|"
@@ -300,7 +308,7 @@ def identity(spec, *prompts, model=None):
 # ---------------------------------------------------------------- how far to trust a judge
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = p.add_argument
     add("what", choices=["calibrate"], help="measure a judge on fixtures with known labels")
     add("--judge", required=True, help="chat back end: toy, or http(s)://host:port/v1")

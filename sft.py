@@ -27,20 +27,22 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks f
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+import judge
 from synth import fail, open_image, read_dialogues, refuse_overwrite, write_meta
 
-# The language model's linears and none of the vision tower, whose MLPs have the same names (trap 16).
+# The language model's linears and none of the vision tower, whose MLPs have the same names.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add = p.add_argument
     add("--model", required=True, help="Hugging Face folder or name of a Qwen2.5-VL checkpoint")
     add("--data", required=True, nargs="+", help="JSONL files of dialogues, see synth.py")
@@ -91,8 +93,8 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
 
     nf4: 4-bit NormalFloat with double quantisation, for the language model's linears only. bitsandbytes matches the
     skip list with the start or the end of a name, so the tower is "model.visual"; and a list of one's own replaces the
-    default one, which had kept lm_head (trap 15).
-    max_pixels: image budget, set at construction (trap 13)."""
+    default one, which had kept lm_head.
+    max_pixels: image budget, set at construction."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -110,7 +112,7 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
 
 
 def make_student(model, tok, image_processor):
-    """Freeze the weights by hand (peft's helper would turn embeddings and tower into fp32, trap 19) and read the seams
+    """Freeze the weights by hand (peft's helper would turn embeddings and tower into fp32) and read the seams
     of the chat template off a rendered dialogue: what stands between marks is the template's, to the last newline."""
     model.requires_grad_(False).eval()
     marks = ["@@system@@", "@@user@@", "@@reply@@", "@@again@@"]
@@ -136,21 +138,25 @@ def make_student(model, tok, image_processor):
 
 def add_lora(student, r, alpha):
     """A new trainable adapter "policy"; B starts at 0, so the model is still the base. Dropout 0: the policy that is
-    scored must be the one that was sampled (trap 33)."""
+    scored must be the one that was sampled."""
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
     student.model = get_peft_model(student.model, config, adapter_name="policy")
 
 
 def load_adapter(student, folder, name):
     """Load a PEFT folder as adapter `name`; only one called "policy" is trainable. Raises ValueError when a weight of
-    the file finds no place or a place no weight: peft itself stays quiet (trap 21)."""
+    the file finds no place or a place no weight: peft itself stays quiet."""
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     if isinstance(student.model, PeftModel):
         student.model.add_adapter(name, config)
     else:
         student.model = get_peft_model(student.model, config, adapter_name=name)
-    result = set_peft_model_state_dict(student.model, load_file(Path(folder) / "adapter_model.safetensors"), name)
+    try:
+        weights = load_file(Path(folder) / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    result = set_peft_model_state_dict(student.model, weights, name)
     missing = [k for k in result.missing_keys if f".{name}." in k]
     if result.unexpected_keys or missing:
         raise ValueError(f"{folder}: the adapter does not fit the model: {(result.unexpected_keys + missing)[:3]}")
@@ -158,7 +164,7 @@ def load_adapter(student, folder, name):
 
 
 def use_adapter(student, name):
-    """Switch adapters; afterwards only "policy" is trainable, whatever peft did (trap 18)."""
+    """Switch adapters; afterwards only "policy" is trainable, whatever peft did."""
     student.model.base_model.set_adapter(name)
     for key, p in student.model.named_parameters():
         if "lora_" in key:
@@ -177,7 +183,7 @@ def save_adapter(student, folder):
 @dataclass
 class Row:
     """One dialogue as tokens. `turn_id` is aligned with `ids`: the index of the assistant turn a token belongs to, -1
-    for everything the student did not say. Born together, never inferred from ids (trap 29)."""
+    for everything the student did not say. Born together, never inferred from ids."""
     ids: list = field(default_factory=list)
     turn_id: list = field(default_factory=list)
     images: list = field(default_factory=list)  # paths, in order of appearance
@@ -189,13 +195,13 @@ class Row:
 
 
 def encode(student, text):
-    """Untrusted text -> ids. `<|im_end|>` in it becomes ordinary characters, never the control token (trap 7)."""
+    """Untrusted text -> ids. `<|im_end|>` in it becomes ordinary characters, never the control token."""
     return student.tok(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def add_user(student, row, content, images, system=None):
     """Append a user turn and the cue for the reply. content: a string, or parts {"type": "image"} / {"type": "text"};
-    images: paths, one for every image part. An image becomes height x width placeholders (trap 11)."""
+    images: paths, one for every image part. An image becomes height x width placeholders."""
     seams = student.seams
     if row.ids:
         row.add(seams["assistant_user"])
@@ -218,7 +224,7 @@ def add_user(student, row, content, images, system=None):
 
 def render(student, dialogue, max_tokens=None):
     """A whole dialogue -> (Row, dropped turns). Whole turns go, from the end, when it is longer than max_tokens; an
-    image is never cut (trap 14). Raises ValueError when not even the first turn fits."""
+    image is never cut. Raises ValueError when not even the first turn fits."""
     row, turn, images, kept = Row(), 0, iter(dialogue["images"]), None
     messages = dialogue["messages"]
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -255,7 +261,7 @@ def image_grid(student, image):
 @torch.no_grad()
 def encode_images(student, paths):
     """{path: features (height * width, H)}: the frozen tower runs once per distinct image, all later passes share it.
-    `pixel_values` is patch-flat, so features are split by each image's own grid (trap 12)."""
+    `pixel_values` is patch-flat, so features are split by each image's own grid."""
     paths = sorted(set(paths))
     if not paths:
         return {}
@@ -268,7 +274,7 @@ def encode_images(student, paths):
 def mrope_positions(student, ids, grids, start=0):
     """Qwen2.5-VL's three-axis positions (time, height, width) of consecutive tokens: text counts up on all three, the
     tokens of an image share the time and spread over the grid, what follows goes on after the larger side.
-    -> ([(t, h, w), ..], next start); counted by hand because a cached forward would use stale offsets (trap 10)."""
+    -> ([(t, h, w), ..], next start); counted by hand because a cached forward would use stale offsets."""
     positions, grids, i = [], iter(grids), 0
     while i < len(ids):
         if ids[i] == student.pad:
@@ -307,15 +313,15 @@ def hidden_states(student, ids, positions, features, mask=None, cache=None, lang
 
 
 def policy_logits(student, hidden, temperature=1.0):
-    """(M, H) -> (M, V) fp32 logits of the distribution that is sampled: divided by the temperature (trap 28), -inf
-    where the policy must not go (trap 6). Sampler, loss and reference all come through here."""
+    """(M, H) -> (M, V) fp32 logits of the distribution that is sampled: divided by the temperature, -inf
+    where the policy must not go. Sampler, loss and reference all come through here."""
     logits = student.base.lm_head(hidden).float()
     return logits.masked_fill(~student.allowed, -math.inf) / temperature
 
 
 def token_logps(student, hidden, targets, temperature=1.0, chunk=2048):
     """hidden (M, H), targets (M,) -> log-probabilities (M,), entropies (M,). The (M, V) logits never exist at once:
-    chunk by chunk, recomputed in the backward pass, so memory does not grow with M (trap 22)."""
+    chunk by chunk, recomputed in the backward pass, so memory does not grow with M."""
     def piece(hidden, targets):
         logits = policy_logits(student, hidden, temperature)
         logps = logits.log_softmax(-1)  # (m, V)
@@ -361,7 +367,7 @@ def epoch_order(n, batch, seed, epoch):
 
 def loss_over(student, dialogues, args, backward=False):
     """Mean negative log-likelihood per trained token. The sum of all micro-batches is divided by the number of tokens
-    of the whole step, so the split changes neither loss nor gradient (trap 31)."""
+    of the whole step, so the split changes neither loss nor gradient."""
     rows = [render(student, d, args.max_tokens)[0] for d in dialogues]
     images = encode_images(student, [path for row in rows for path in row.images])
     tokens, total = sum(t >= 0 for row in rows for t in row.turn_id), 0.0
@@ -413,6 +419,8 @@ def train_and_held_out(student, dialogues, args):
 
 
 def main(args):
+    if min(args.batch, args.eval_every) < 1 or not 0 <= args.held_out < 1 or args.epochs <= 0:
+        fail("--batch and --eval_every must be 1 or more, --held_out a share below 1, --epochs above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.time()

@@ -1,6 +1,6 @@
 """synth.py: Stage I, intent decomposition and reconstruction; and the data format all scripts share.
 
-From single-turn seeds (image, question) to multi-turn dialogues. Three kinds, lengths as in the paper ([R] method.md):
+From single-turn seeds (image, question) to multi-turn dialogues. Three kinds, lengths as in the paper ([R]: the authors' repository):
 *red_team* (4-8 turns, under one of eight strategies), *obfuscated* (3-6, each turn harmless alone, the intent comes out
 step by step) and *benign* (3-5, a harmless goal; keeps capability and prices over-refusal). An attacker plans the user
 turns, a defender answers them one by one as `<thinking>..</thinking><answer>..</answer>`, with what was said before in
@@ -54,7 +54,7 @@ Reply with one JSON object and nothing else: {"reply": "<thinking>..</thinking><
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add = p.add_argument
     add("--seeds", required=True, help="JSONL of seeds: id, seed_id, image, question, kind, category, optional split")
     add("--generator", required=True, help="chat back end that plays attacker and defender: toy, or http(s)://host:port/v1")
@@ -134,6 +134,9 @@ def check_dialogue(record, folder):
         return "images: not a list of paths"
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return "messages: not a list of messages"
+    for key in ("category", "strategy", "split"):
+        if not isinstance(record.get(key, ""), str):
+            return f"{key}: not a string"
     roles = [m.get("role") for m in messages]
     roles = roles[1:] if roles[0] == "system" else roles
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
@@ -222,12 +225,15 @@ def check_seed(record, folder):
         return f"kind: {record.get('kind')!r} is none of {', '.join(KINDS)}"
     if record.get("split") not in (None, "", "sft", "rl", "bench"):
         return f"split: {record['split']!r} is none of sft, rl, bench"
-    if not isinstance(record.get("twin_of", ""), str):
-        return "twin_of: not a string"
+    for key in ("twin_of", "category"):
+        if not isinstance(record.get(key, ""), str):
+            return f"{key}: not a string"
     try:
+        if not Path(folder, record["image"]).resolve().is_relative_to(Path(folder).resolve()):
+            return f"image: {record['image']} is outside the data folder"
         open_image(Path(folder, record["image"]))
     except ValueError as error:
-        return str(error)
+        return f"image: {error}"
 
 
 def split_seeds(seeds, shares, seed):
@@ -321,6 +327,8 @@ def main(args):
     unknown = {*args.sft_strategies, *args.rl_strategies, *args.bench_strategies} - {*judge.STRATEGIES}
     if unknown:
         fail(f"unknown strategies: {', '.join(sorted(unknown))}")
+    if min(args.splits) < 0 or sum(args.splits) <= 0:
+        fail(f"--splits {args.splits}: shares, of which one at least is above 0")
     try:
         ask = judge.backend(args.generator, args.generator_model, "GENERATOR_API_KEY", args.concurrency, args.timeout)
     except ValueError as error:
@@ -340,6 +348,8 @@ def main(args):
         print(f"{split}.jsonl: {len(rows)} dialogues ({count}), {sum(len(d['messages']) // 2 for d in rows)} turns")
     print(f"asked {len(seeds)}, written {len(dialogues)}, failed {failed}")
     write_meta(args, started)
+    if failed:
+        fail(f"{failed} seeds failed: their attacker or defender gave no usable reply", code=1)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,13 @@ def draw(shape, colour, marked, rng):
 
 @functools.lru_cache(4096)
 def look(png):
-    """(shape, colour, marked) read from the pixels."""
+    """(shape, colour, marked) read from the pixels; None for a picture that is not of this world."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
     marked = bool((np.abs(pixels - SIGN).sum(-1) < 30).sum() > 40)
     hits = {c: np.abs(pixels - rgb).sum(-1) < 30 for c, rgb in COLOURS.items()}
     colour = max(hits, key=lambda c: hits[c].sum())
+    if not hits[colour].any():
+        return None
     rows, columns = np.nonzero(hits[colour])
     box = Image.fromarray(hits[colour]).crop((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
     mask = np.asarray(box.resize((20, 20)))
@@ -289,7 +291,7 @@ def ask(requests):
     replies = []
     for request in requests:
         text, image = request["text"], request["image"]
-        if image is None:  # nothing to look at: no reply, as a back end says it
+        if image is None or look(image) is None:  # nothing to look at: no reply, as a back end says it
             replies.append(None)
             continue
         seed = hashlib.sha256(text.encode() + (image or b"")).digest()[:8]
@@ -376,7 +378,7 @@ def write_fixtures(path):
 # ---------------------------------------------------------------- the base student, made from nothing
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     p.add_argument("what", choices=["make", "serve", "fixtures"], help="make: seeds, images and the base student")
     p.add_argument("file", nargs="?", default="out/toy/fixtures.jsonl", help="fixtures: file to write")
     p.add_argument("--port", type=int, default=8000, help="serve: where to listen, on 127.0.0.1 only; 0: any free port")

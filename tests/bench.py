@@ -1,24 +1,21 @@
 """bench.py: speed and memory of sft.py and grpo.py beside TRL 1.16, on one tiny Qwen2.5-VL with the same tokens.
 
-    python tests/bench.py --json bench.json                             # MINUTES minutes on a quiet core
+    python tests/bench.py --json bench.json [--peer_python PATH]        # 17 minutes, wants two quiet cores
     python tests/bench.py --quick --only sft rollout                    # two rows, one repeat, a few steps
-    python tests/bench.py --peer_python other/bin/python                # when TRL lives in another environment
 
-Ours and the peer run in turn (A B A B), each in a process of its own with one thread; a figure is the median over runs
-of each run's median over steps, and only the ratios mean something. The peers are the scripts in --peers as they are;
-model, tokenizer and text come from tiny.py there: fp32, LoRA r = 8 on the language model, no checkpointing of layers.
-Ours goes through the scripts' own functions: sft.loss_over for SFT, grpo.train_step for the whole of GRPO.
+Ours and the peer run in turn (A B A B), a process and a thread each; figures are medians over runs of medians over
+steps, and only ratios mean something. The peers are the scripts in --peers as they are; model, tokenizer and text are those of
+tiny.py there: fp32, LoRA r = 8, no checkpointing of layers. Ours is sft.loss_over and grpo.train_step themselves.
 
 - Replies have a fixed length: the peer sets min_new_tokens, we take <|im_end|> out of `student.allowed`.
-- Our rollout seconds hold all from prompt to talk: image features, folding, the tutor's requests and replies. The
-  peer's are those of its `generate` calls alone. Both steps are whole steps.
+- Our rollout seconds hold image features, folding, the tutor's requests and replies; the peer's only `generate`.
 - naive: our loop with generate() from scratch each turn, logits for every position, the vision tower in every pass.
-- Memory is the peak of the process above what it had after its imports, as the peers report it.
-- Start is SFT's, from the first line of the script to the end of the first step.
+- Memory is the peak above what the imports left, start is from the first line of the script to the end of a first step.
 - Part of the SFT lead is a CPU artefact: without Triton TRL's fused head scores every position. No claim for a GPU.
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -26,10 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
-from threading import Thread
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = "--images --vocab 151936"
@@ -50,7 +45,6 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=3, help="runs of ours and of the peer")
     p.add_argument("--quick", action="store_true", help="one repeat, a few steps: does it run?")
     p.add_argument("--json", help="write the rows to this file")
-    p.add_argument("--log", default=os.devnull, help="append the full report of every process to this file")
     return p.parse_args(argv)
 
 
@@ -59,29 +53,22 @@ def parse_args(argv=None):
 def worker(kind, naive):
     global tiny, torch, grpo, sft
     import tiny  # first: its clock starts here, and its flags set the threads
-    a = tiny.arguments(steps=8, batch=8, warmup=2, extra={
-        "--turns": dict(type=int, default=4), "--new": dict(type=int, default=24),
-        "--beta": dict(type=float, default=0.04)})
+    a = tiny.arguments(batch=8, extra={"--turns": dict(type=int), "--new": dict(type=int, default=24)})
     import torch
-    import grpo
     import sft
+    import grpo
     rss_import = tiny.rss_mb()
     if naive:
         sft.reply_logps = grpo.reply_logps = naive_logps
         sft.encode_images = grpo.encode_images = lambda student, paths: {}
         grpo.rollout = naive_rollout
-    with tempfile.TemporaryDirectory() as folder:
-        figures = {"sft": run_sft, "grpo": run_grpo, "update": run_update}[kind](a, tiny_student(a), folder)
-    tiny.report(ours=kind, naive=naive, **figures, rss_import_mb=rss_import)
-
-
-def tiny_student(a):
-    """The peers' model with our LoRA on it."""
     tok = tiny.tokenizer()
-    model = tiny.model(tiny.config(tok, a.hidden, a.layers, vocab=a.vocab), tok)
+    model = tiny.model(tiny.config(tok, vocab=a.vocab), tok)
     student = sft.make_student(model, tok, tiny.processor(tok).image_processor)
     sft.add_lora(student, 8, 16)
-    return student
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {"sft": run_sft, "grpo": run_grpo, "update": run_update}[kind](a, student, folder)
+    tiny.report(ours=kind, naive=naive, **figures, rss_import_mb=rss_import)
 
 
 def as_dialogues(records, folder, turns=1):
@@ -102,15 +89,12 @@ def as_dialogues(records, folder, turns=1):
 
 def timed(a, step):
     """Call step(i) a.steps times. -> results and seconds of the counted steps, figures for the report"""
-    results, wall, cpu, first = [], [], [], None
+    results, marks = [], []
     for i in range(a.steps):
         results.append(step(i))
-        wall.append(time.perf_counter())
-        cpu.append(time.process_time())
-        first = first or time.time() - tiny.T0
-    seconds = tiny.deltas(wall, a.warmup)
-    return results[1 + a.warmup:], seconds, {"step_s": tiny.spread(seconds), "to_first_step_s": first,
-                                             "step_cpu_s": tiny.spread(tiny.deltas(cpu, a.warmup))}
+        marks.append(time.time())
+    seconds = tiny.deltas(marks, a.warmup)
+    return results[1 + a.warmup:], seconds, {"step_s": tiny.spread(seconds), "to_first_step_s": marks[0] - tiny.T0}
 
 
 def run_sft(a, student, folder):
@@ -130,12 +114,12 @@ def run_sft(a, student, folder):
 
     _, seconds, figures = timed(a, step)
     tokens = [sum(len(sft.render(student, train[n])[0].ids) for n in b) for b in batches[1 + a.warmup:a.steps]]
-    return {**figures, "tokens_per_s": tiny.spread([n / s for n, s in zip(tokens, seconds)], 0), "step_tokens": tokens}
+    return {**figures, "tokens_per_s": tiny.spread([n / s for n, s in zip(tokens, seconds)], 0)}
 
 
 def run_grpo(a, student, folder):
     """grpo.main without its files."""
-    args = grpo.parse_args(["--model=-", "--data=-", "--tutor=-", "--out=-", f"--prompts={a.batch}", f"--beta={a.beta}",
+    args = grpo.parse_args(["--model=-", "--data=-", "--tutor=-", "--out=-", f"--prompts={a.batch}", "--beta=0.04",
                             f"--max_turns={a.turns}", f"--max_new={a.new}", "--max_tokens=1024", "--micro_tokens=1000",
                             "--format_bonus=1"])  # with the gate, unformatted babble is worth 0 and every group dead
     student.model.add_adapter("reference", student.model.peft_config["policy"])
@@ -157,17 +141,16 @@ def run_grpo(a, student, folder):
 
     lines, _, figures = timed(a, step)
     return {**figures, "rollout_tokens_per_s": tiny.spread([x["tokens"] / x["seconds_rollout"] for x in lines], 0),
-            "update_s": tiny.spread([x["seconds_update"] for x in lines]), "new_tokens_per_step": lines[-1]["tokens"]}
+            "new_tokens_per_step": lines[-1]["tokens"]}
 
 
 def run_update(a, student, folder):
     """Forward and backward over dialogues of 4k tokens together, as one micro-batch."""
-    dialogues = as_dialogues(tiny.dialogues(19, images=a.images), folder)
-    rows = [sft.render(student, d)[0] for d in dialogues]
+    rows = [sft.render(student, d)[0] for d in as_dialogues(tiny.dialogues(19, images=a.images), folder)]
     images = sft.encode_images(student, [path for row in rows for path in row.images])
     before = tiny.rss_mb()
     (-sft.reply_logps(student, rows, images)[0].mean()).backward()
-    return {"update_mb": tiny.peak_rss_mb() - before, "tokens": sum(len(row.ids) for row in rows)}
+    return {"update_mb": tiny.peak_rss_mb() - before}
 
 
 # ---------------------------------------------------------------- ours-naive: every turn and picture from scratch
@@ -207,22 +190,18 @@ def naive_rollout(student, dialogues, keys, respond, args, images, lm=None):
 
 # ---------------------------------------------------------------- both, in turn
 
-def run(args, python, *command, path=""):
+def run(python, *command, path=""):
     """One process with one thread -> the JSON of its last line."""
-    env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"), "PYTHONPATH": path}
-    command = [python, *command, "--threads", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, env={**env, "TMPDIR": folder}, capture_output=True, text=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TMPDIR": folder}
+        done = subprocess.run([python, *command, "--threads", "1"], env=env, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    line = done.stdout.splitlines()[-1]
-    with open(args.log, "a") as log:
-        log.write(line + "\n")
-    return json.loads(line)
+        sys.exit(f"{' '.join([python, *command])} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours(args, kind, flags, naive=False):
-    return run(args, sys.executable, __file__, "--worker", kind, "naive" if naive else "ours", *flags.split(),
+    return run(sys.executable, __file__, "--worker", kind, "naive" if naive else "ours", *flags.split(),
                path=f"{ROOT}{os.pathsep}{args.peers}")
 
 
@@ -234,7 +213,7 @@ def runs(args, job, done={}):
         flags, a, b = f"--steps {steps} --warmup {warmup} {both}", [], []
         for _ in range(1 if args.quick else args.repeats):
             a.append(ours(args, kind, flags))
-            b.append(run(args, args.peer_python, f"{args.peers}/{script}", *f"{flags} {peer_only}".split()))
+            b.append(run(args.peer_python, f"{args.peers}/{script}", *f"{flags} {peer_only}".split()))
         if kind == "grpo" and a[0]["new_tokens_per_step"] != b[0]["new_tokens_per_step"]:
             sys.exit(f"{job}: ours and the peer did not sample equally many tokens")
         done[job] = a, b, ours(args, kind, flags, naive=True)
@@ -254,39 +233,26 @@ def update_memory(args):
     return ours(args, "update", VOCAB)["update_mb"], ours(args, "update", VOCAB, naive=True)["update_mb"], None
 
 
-class Slow(BaseHTTPRequestHandler):
-    """A chat server that takes 50 ms."""
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(0.05)
-        choice = {"message": {"role": "assistant", "content": "{}"}, "finish_reason": "stop"}
-        body = json.dumps({"choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 def tutor_calls(args):
-    """One `ask` for the 40 rows of a turn against 40 calls one after the other."""
+    """One `ask` for the 40 rows of a turn against 40 calls one after the other, of a server that waits 50 ms a call."""
     sys.path.insert(0, str(ROOT))
     import judge
-    ThreadingHTTPServer.request_queue_size = 128  # 5 by default: some of forty clients at once would be sent away
-    server, took = ThreadingHTTPServer(("127.0.0.1", 0), Slow), []
-    Thread(target=server.serve_forever, daemon=True).start()
+    import toy
+    toy.draw("box", "red", True, random.Random(0)).save(picture := io.BytesIO(), "PNG")
+    request = judge.tutor_request("benign", [{"user": "what is it?", "assistant": "a red box."}], picture.getvalue(),
+                                  [*judge.STRATEGIES], False)
+    command = [sys.executable, ROOT / "toy.py", "serve", "--port", "0", "--latency", "50"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        ask = judge.backend(f"http://127.0.0.1:{server.server_port}/v1")
-    except ValueError:  # this version has no served back end
-        return None, None, None
-    requests = [judge.tutor_request("benign", [{"user": "?", "assistant": str(n)}], None, [], False) for n in range(40)]
-    for batches in ([requests], [[r] for r in requests]):
-        begun = time.perf_counter()
-        for batch in batches:
-            ask(batch)
-        took.append(time.perf_counter() - begun)
+        ask, took = judge.backend(server.stdout.readline().strip(), "toy"), []
+        assert None not in ask([request] * 40)  # a run's first turn opens the connections
+        for batches in ([[request] * 40], [[request]] * 40):
+            begun = time.perf_counter()
+            for batch in batches:
+                ask(batch)
+            took.append(time.perf_counter() - begun)
+    finally:
+        server.kill()
     return *took, None
 
 
@@ -303,26 +269,20 @@ ROWS = {  # name: what, target of ours / peer, function of args -> ours, peer, n
 }
 
 
-def measure(args, name):
-    """-> a row as --json has it; Nones where it could not be measured"""
-    what, target, how = ROWS[name]
-    mine, peer, naive = how(args)
-    ratio = mine and mine / peer
-    ok = ratio and (ratio >= float(target[1:]) if target[0] == "≥" else ratio <= float(target[1:]))
-    return dict(name=name, what=what, ours=mine, peer=peer, ratio=ratio, target=target, ok=ok, naive=naive)
-
-
 def main(args):
     if not Path(args.peers, "tiny.py").is_file():
         sys.exit(f"no tiny.py in {args.peers}: --peers must name the folder with tiny.py, trl_sft.py and trl_grpo.py")
-    show = lambda what, *cells: print(f"{what:48}" + "".join(f"{c:>9}" for c in cells), flush=True)
+    show = lambda *cells: print(f"{cells[0]:46}" + "".join(f"{c:>9}" for c in cells[1:]), flush=True)
     number = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
     show("one thread, medians", "ours", "peer", "ratio", "target", "ok", "naive")
     rows = []
     for name in args.only:
-        rows.append(r := measure(args, name))
-        show(r["what"], number(r["ours"]), number(r["peer"]), number(r["ratio"]), r["target"],
-             {True: "yes", False: "NO", None: "not measured"}[r["ok"]], number(r["naive"]))
+        what, target, measure = ROWS[name]
+        mine, peer, naive = measure(args)
+        ratio, bound = mine / peer, float(target[1:])
+        ok = ratio >= bound if target[0] == "≥" else ratio <= bound
+        rows.append(dict(name=name, ours=mine, peer=peer, ratio=ratio, target=target, ok=ok, naive=naive))
+        show(what, number(mine), number(peer), number(ratio), target, "yes" if ok else "NO", number(naive))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

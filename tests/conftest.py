@@ -1,4 +1,4 @@
-"""What the tests share: one thread, no torchvision (trap 11), no network, and a student that nobody has trained."""
+"""What the tests share: one thread, no torchvision, no network, and a student that nobody has trained."""
 import os
 import sys
 

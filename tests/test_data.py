@@ -347,7 +347,9 @@ def test_a_generator_that_answers_anyhow_costs_dialogues_not_the_run(folder, mon
         return replies
     half = synth.image_png(str(folder / "half.png"))
     monkeypatch.setattr(judge, "backend", lambda *_: ask)
-    synth_run(folder, [seed(id=n, seed_id=n, image=f"{n}.png", question=n) for n in plans], "--splits", "1", "0", "0")
+    with pytest.raises(SystemExit) as stop:
+        synth_run(folder, [seed(id=n, seed_id=n, image=f"{n}.png", question=n) for n in plans], "--splits", "1", "0", "0")
+    assert stop.value.code == 1  # incomplete, and what there is was written
     done = synth.read_dialogues([str(folder / "out/sft.jsonl")])
     done = [d for d in done if d["id"] != "long"]  # 27 turns: may be cut or fail
     assert [d["id"] for d in done] == ["good"] and re.search("failed [56]", capsys.readouterr().out)

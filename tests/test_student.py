@@ -39,7 +39,7 @@ def test_nf4_is_the_language_model_and_nothing_else(fresh):  # trap 15
     assert four and all("language_model" in n for n in four)
     dense = [n for n, m in student.base.named_modules() if type(m) is torch.nn.Linear and "lora" not in n]
     assert not any("language_model" in n for n in dense) and any("visual" in n for n in dense) and "lm_head" in dense
-    # frozen by hand: embeddings, tower and head keep their precision and learn nothing (trap 19)
+    # frozen by hand: embeddings, tower and head keep their precision and learn nothing
     assert {p.dtype for p in student.base.model.visual.parameters()} == {torch.float32}
     assert {n.split(".")[-2] for n, p in student.model.named_parameters() if p.requires_grad} == {"policy"}
 
