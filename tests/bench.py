@@ -1,11 +1,11 @@
 """bench.py: speed and memory of sft.py and grpo.py beside TRL 1.16, on one tiny Qwen2.5-VL with the same tokens.
 
-    python tests/bench.py --json bench.json [--peer_python PATH]        # 17 minutes, wants two quiet cores
-    python tests/bench.py --quick --only sft rollout                    # two rows, one repeat, a few steps
+    python tests/bench.py --peers DIR --json bench.json [--peer_python PATH]        # about 17 minutes on a quiet machine
+    python tests/bench.py --peers DIR --quick --only sft rollout                    # two rows, one repeat, a few steps
 
 Ours and the peer run in turn (A B A B), a process and a thread each; figures are medians over runs of medians over
-steps, and only ratios mean something. The peers are the scripts in --peers as they are; model, tokenizer and text are those of
-tiny.py there: fp32, LoRA r = 8, no checkpointing of layers. Ours is sft.loss_over and grpo.train_step themselves.
+steps, and only ratios mean something. The peers are the scripts in --peers as they are; model, tokenizer and text are
+those of tiny.py there: fp32, LoRA r = 8, no checkpointing of layers. Ours is sft.loss_over and grpo.train_step.
 
 - Replies have a fixed length: the peer sets min_new_tokens, we take <|im_end|> out of `student.allowed`.
 - Our rollout seconds hold image features, folding, the tutor's requests and replies; the peer's only `generate`.
@@ -39,7 +39,7 @@ JOBS = {  # worker, the peer, flags of both, flags of the peer alone, (steps, wa
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--peers", default=str(ROOT.parent / "shared/peers"), help="folder with tiny.py and trl_*.py")
+    p.add_argument("--peers", required=True, help="folder with tiny.py, trl_sft.py and trl_grpo.py, the peers' scripts")
     p.add_argument("--peer_python", default=sys.executable, help="the Python that has trl")
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=", ".join(ROWS))
     p.add_argument("--repeats", type=int, default=3, help="runs of ours and of the peer")
