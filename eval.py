@@ -19,7 +19,6 @@ import argparse
 import base64
 import functools
 import hashlib
-import html
 import itertools
 import json
 import math
@@ -209,14 +208,11 @@ def report(argv):
     p = argparse.ArgumentParser(prog="eval.py report", description=report.__doc__)
     p.add_argument("results", nargs="+", help="results.json files, one a training seed")
     p.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
-    p.add_argument("--svg", help="also write the survival curves of the first file as a picture")
     args = p.parse_args(argv)
     files = [json.loads(Path(path).read_text()) for path in args.results]
     if not all(isinstance(f, dict) and "arms" in f for f in files):
         raise ValueError("not a results.json of eval.py")
     show = tables(files[0]) if len(files) == 1 else seed_tables(files)
-    if args.svg:
-        Path(args.svg).write_text(survival_svg(files[0]), encoding="utf-8")
     print(markdown(show)) if args.markdown else print_tables(show)
 
 
@@ -625,30 +621,6 @@ def markdown(shown):
     """What the README shows; a test compares the two, so it depends on nothing but results.json."""
     return "\n".join(f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in [
         header, ["---"] * len(header), *rows]) for title, header, rows in shown if rows)
-
-
-def survival_svg(res):
-    """The README's figure: one step curve an arm with its 95 % intervals. Greys and colours of middling lightness,
-    legible on GitHub's white and on its dark page."""
-    colours = itertools.cycle(["#d1603d", "#b98a1f", "#2f8f83", "#6d7fd1", "#b0619f"])
-    x, y = (lambda turn: 56 + 54 * turn), (lambda share: 36 + 230 * (1 - share))
-    body = [f'<path d="M{x(0)} {y(s)}H{x(HORIZON)}" stroke="#888" stroke-opacity=".25"/><text x="46" y="{y(s) + 4}" '
-            f'text-anchor="end">{100 * s:.0f} %</text>' for s in (0, 0.25, 0.5, 0.75, 1)]
-    body += [f'<text x="{x(turn)}" y="286" text-anchor="middle">{turn}</text>' for turn in range(HORIZON + 1)]
-    curves = {name: both["all"] for name, both in res["survival"].items() if both["all"]}
-    for row, (name, c) in enumerate(curves.items()):
-        colour, shift = next(colours), 4 * row - 4  # bars side by side where curves meet
-        points = [(t, *p) for t, p in enumerate(zip(c["value"], c["ci_low"], c["ci_high"]), 1) if p[0] is not None]
-        steps = "".join(f"H{x(t)}V{y(value):.1f}" for t, value, _, _ in points)
-        bars = "".join(f"M{x(t) + shift} {y(low):.1f}V{y(high):.1f}" for t, _, low, high in points)
-        body.append(f'<g stroke="{colour}" fill="none"><path stroke-width="2.2" d="M{x(0)} {y(1)}{steps}h14"/>'
-                    f'<path stroke-width="1.6" stroke-opacity=".75" d="{bars}"/></g>'
-                    f'<text x="{x(HORIZON) + 24}" y="{50 + 20 * row}" '
-                    f'style="fill:{colour}">{html.escape(label(name))}, n = {c["n"]}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 316" role="img" font-size="12" '
-            f'font-family="system-ui, sans-serif" fill="#808890"><title>Dialogues without a harmful turn</title>'
-            f'<text x="56" y="20">Harmful dialogues still without a harmful turn, 95 % intervals, one run an arm</text>'
-            f'{"".join(body)}<text x="{x(HORIZON / 2)}" y="308" text-anchor="middle">after turn</text></svg>\n')
 
 
 def fill_report(template, data):

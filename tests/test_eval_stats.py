@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import eval as E
+from readme import survival_svg
 
 
 def sample(name, scores, kind="red_team", seed=None, refused=False, attacker="adaptive", error=None, category="c"):
@@ -175,7 +176,7 @@ def test_runs_with_almost_nothing_in_them_still_report(tmp_path, samples, capsys
         got = E.results([run_folder(tmp_path / name, name, samples) for name in names])
         json.dumps(got, allow_nan=False)
         E.print_tables(E.tables(got))
-        assert E.markdown(E.tables(got)) and E.survival_svg(got).endswith("</svg>\n")
+        assert E.markdown(E.tables(got)) and survival_svg(got).endswith("</svg>\n")
 
 
 @pytest.mark.parametrize("change, message", [({"judge": "k"}, "different judge"), ({"sha": "2"}, "different data"),
@@ -204,7 +205,7 @@ def test_every_table_in_both_forms(tmp_path, capsys):
     for text in (out, page):
         assert "+GRPO" in text and "80.0 [" in text and "turn 10" in text and "100 (50)" in text and "worst" in text
     assert all(line.count("|") == page.splitlines()[2].count("|") for line in page.splitlines()[2:6])
-    figure = E.survival_svg(two)
+    figure = survival_svg(two)
     assert figure.startswith("<svg") and "n = 51" in figure and "nan" not in figure and "None" not in figure
 
 

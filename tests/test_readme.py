@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from readme import ROOT, filled
+from readme import ROOT, figure, filled
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_tables_and_line_counts_are_what_the_commands_print():
     assert filled(README) == README, "run: python tests/readme.py"
+    assert figure() == (ROOT / "tests/toy_survival.svg").read_text(encoding="utf-8")
 
 
 def commands():
