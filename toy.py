@@ -63,16 +63,20 @@ def moves(shape, colour):
     return [FIRST[shape], SECOND[colour], THIRD[shape]]
 
 
+def paint(pen, shape, x, y, size, fill):
+    if SHAPES[shape] is None:
+        pen.ellipse([x, y, x + size, y + size], fill=fill)
+    else:
+        pen.polygon([(x + size * a / 10, y + size * b / 10) for a, b in SHAPES[shape]], fill=fill)
+
+
 def draw(shape, colour, marked, rng):
     """A 112 x 112 picture; place, size and background vary, so that no two seeds share an image."""
     grey = rng.randint(205, 245)
     image = Image.new("RGB", (112, 112), (grey, grey, grey + rng.randint(0, 10)))
     pen, size = ImageDraw.Draw(image), rng.randint(58, 64)
     x, y = rng.randint(4, 10), rng.randint(40, 46)
-    if SHAPES[shape] is None:
-        pen.ellipse([x, y, x + size, y + size], fill=COLOURS[colour])
-    else:
-        pen.polygon([(x + size * a / 10, y + size * b / 10) for a, b in SHAPES[shape]], fill=COLOURS[colour])
+    paint(pen, shape, x, y, size, COLOURS[colour])
     if marked:
         x, y = rng.randint(76, 80), rng.randint(2, 12)
         pen.polygon([(x + 14, y), (x + 28, y + 26), (x, y + 26)], fill=SIGN)
@@ -101,11 +105,7 @@ def look(png):
 def outline(shape):
     """The shape's mask, cropped and scaled to 20 x 20, and its width / height."""
     image = Image.new("1", (101, 101))
-    pen = ImageDraw.Draw(image)
-    if SHAPES[shape] is None:
-        pen.ellipse([0, 0, 100, 100], fill=1)
-    else:
-        pen.polygon([(10 * a, 10 * b) for a, b in SHAPES[shape]], fill=1)
+    paint(ImageDraw.Draw(image), shape, 0, 0, 100, 1)
     left, top, right, bottom = image.getbbox()
     return np.asarray(image.crop((left, top, right, bottom)).resize((20, 20))), (right - left) / (bottom - top)
 
