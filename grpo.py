@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from tqdm import tqdm
 
 import judge
@@ -36,6 +35,7 @@ import tcsr
 from sft import (Row, add_lora, add_user, encode_images, hidden_states, load_adapter, load_student, micro_batches,
                  mrope_positions, policy_logits, reply_logps, save_adapter, use_adapter)
 from synth import fail, image_png, read_dialogues, refuse_overwrite, user_turns, write_meta
+from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
 
 
 def parse_args(argv=None):

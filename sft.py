@@ -17,19 +17,20 @@ import argparse
 import json
 import logging
 import math
+import os
 import random
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but bitsandbytes would load the compiler
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel package it does not need
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -315,22 +316,47 @@ def hidden_states(student, ids, positions, features, mask=None, cache=None, lang
 def policy_logits(student, hidden, temperature=1.0):
     """(M, H) -> (M, V) fp32 logits of the distribution that is sampled: divided by the temperature, -inf
     where the policy must not go. Sampler, loss and reference all come through here."""
-    logits = student.base.lm_head(hidden).float()
-    return logits.masked_fill(~student.allowed, -math.inf) / temperature
+    logits = student.base.lm_head(hidden).float() / temperature
+    return logits.masked_fill_(~student.allowed, -math.inf)
 
 
-def token_logps(student, hidden, targets, temperature=1.0, chunk=2048):
-    """hidden (M, H), targets (M,) -> log-probabilities (M,), entropies (M,). The (M, V) logits never exist at once:
-    chunk by chunk, recomputed in the backward pass, so memory does not grow with M."""
-    def piece(hidden, targets):
-        logits = policy_logits(student, hidden, temperature)
-        logps = logits.log_softmax(-1)  # (m, V)
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps.masked_fill(~student.allowed, 0.0)).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy  # (m, 1) -> (m,)
+class TokenLogps(torch.autograd.Function):
+    """Log-probability and entropy of one token per hidden state. The gradient of a log-probability in its hidden state,
+    (1[y] - softmax) @ W / temperature with W the frozen lm_head, needs nothing from above: it is taken while the logits
+    are there, so they are made once, chunk by chunk, and neither kept nor recomputed."""
 
-    pieces = [checkpoint(piece, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    return tuple(torch.cat(x) for x in zip(*pieces))
+    @staticmethod
+    def forward(ctx, hidden, targets, student, temperature, chunk):
+        weight = student.base.lm_head.weight  # (V, H)
+        # the results first: allocated between two chunks they would hold the freed memory of the first in pieces
+        said, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, H)
+        for i in range(0, len(hidden), chunk):
+            at = slice(i, i + chunk)
+            logps = policy_logits(student, hidden[at], temperature)  # (m, V)
+            logps -= logps.logsumexp(-1, keepdim=True)
+            said[at] = logps.gather(-1, targets[at, None])[:, 0]
+            probs = logps.exp()
+            entropy[at] = -torch.linalg.vecdot(probs, logps.masked_fill_(~student.allowed, 0.0))
+            if slope is not None:
+                probs.scatter_add_(-1, targets[at, None], probs.new_full((len(probs), 1), -1.0))  # softmax - 1[y]
+                slope[at] = probs.to(weight.dtype) @ weight / -temperature
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy)
+        return said, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        slope, = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None, None
+
+
+def token_logps(student, hidden, targets, temperature=1.0, chunk=None):
+    """hidden (M, H), targets (M,) -> log-probabilities (M,), entropies (M,). The (M, V) logits never exist at once, so
+    memory does not grow with M. The lm_head must be frozen: it gets no gradient."""
+    at_once = 2 ** 26 if hidden.is_cuda else 2 ** 20  # logits: enough to keep the card busy, few enough for a cache
+    chunk = chunk or max(32, at_once // len(student.allowed))
+    return TokenLogps.apply(hidden, targets, student, temperature, chunk)
 
 
 def reply_logps(student, rows, images, temperature=1.0):

@@ -507,7 +507,7 @@ def learn_to_see(student, pool, pixels, steps):
 def learn_to_speak(student, pool, see, steps, rng):
     """All weights, on lessons: short ones first, for the words, then long ones, for the dialogue."""
     import torch
-    from sft import Row, add_user, collate, encode, hidden_states, token_logps
+    from sft import Row, add_user, collate, encode, hidden_states, policy_logits
     pictures = {}
     for i, scene in enumerate(pool):
         pictures.setdefault(scene, []).append(i)
@@ -528,8 +528,8 @@ def learn_to_speak(student, pool, see, steps, rng):
         ids, turn_id, positions = collate(student, rows)
         hidden = hidden_states(student, ids, positions, list(see(torch.tensor(chosen))))
         said = turn_id[:, 1:] >= 0  # (N, L-1)
-        logps, _ = token_logps(student, hidden[:, :-1][said], ids[:, 1:][said])
-        loss = -logps.mean()
+        logits = policy_logits(student, hidden[:, :-1][said])  # not token_logps: here lm_head learns, too
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][said])
         descend(optimizer, loss, step, steps)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
     print(f"it speaks: loss {loss.item():.3f} after {steps} steps")
