@@ -16,7 +16,7 @@ LORA = --lora_r 8 --lora_alpha 16
 EVAL = $(PY) eval.py --model $(OUT)/world/base --data $(OUT)/data/bench.jsonl --judge toy --tutor toy \
 	--attacker adaptive static --max_new 40 $(STUDENT)
 
-.PHONY: toy test torture
+.PHONY: toy test torture ablation
 toy: .venv/toy
 	rm -rf $(OUT)
 	$(PY) toy.py make --out $(OUT)/world --seed $(SEED) --threads 1 $(WORLD)
@@ -42,6 +42,10 @@ torture: .venv/test
 	mkdir -p out/torture
 	for t in tests/test_*.py; do test -e out/$${t/tests/torture} || \
 		{ $(PY) -m pytest -q $$t -m torture || [ $$? -eq 5 ]; } && touch out/$${t/tests/torture} || exit 1; done
+
+# every arm of the reward, five seeds each: about 90 minutes; what is finished is not run again
+ablation: .venv/toy
+	$(PY) tests/ablation.py
 
 # torch first and by itself: what else is installed must not bring another one
 .venv/toy: requirements.txt
