@@ -1,6 +1,6 @@
 """bench.py: speed and memory of sft.py and grpo.py beside TRL 1.16, on one tiny Qwen2.5-VL with the same tokens.
 
-    python tests/bench.py --peers DIR --json bench.json [--peer_python PATH]        # about 17 minutes on a quiet machine
+    python tests/bench.py --peers DIR --json bench.json [--peer_python PATH]        # about 14 minutes on a quiet machine
     python tests/bench.py --peers DIR --quick --only sft rollout                    # two rows, one repeat, a few steps
 
 Ours and the peer run in turn (A B A B), a process and a thread each; figures are medians over runs of medians over
