@@ -38,9 +38,9 @@ def parse_args(argv=None):
     add("--model", required=True, help="Hugging Face folder or name of the base")
     add("--adapter", help="adapter of sft.py or grpo.py; none: the base itself")
     add("--data", nargs="+", required=True, help="JSONL files of dialogues, see synth.py")
-    add("--judge", required=True, help="chat back end that scores each turn: toy, or http(s)://host:port/v1")
+    add("--judge", required=True, help="chat back end that scores each turn: toy, http(s)://host:port/v1, or local:PATH")
     add("--judge_model", help="model name at that address; its key is in JUDGE_API_KEY or OPENAI_API_KEY")
-    add("--tutor", help="chat back end that attacks, for --attacker adaptive; better not the one of training")
+    add("--tutor", help="chat back end that attacks, for --attacker adaptive; better not the one of training; also local:self")
     add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
@@ -83,8 +83,8 @@ def respond_with(ask, strategies):
     return respond
 
 
-def tutor_of(args):
-    return judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout)
+def tutor_of(args, student=None):
+    return judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout, lambda: student)
 
 
 def first_image(dialogue):
@@ -103,7 +103,7 @@ def infer(args, dialogues, done):
     dense, args.temperature = dense_copy(student), 0.0
     fold(student, dense)
     for attacker in args.attacker:
-        ask = tutor_of(args) if attacker == "adaptive" else None
+        ask = tutor_of(args, student) if attacker == "adaptive" else None
         respond = respond_with(ask, [*args.strategies, *judge.EVOLUTIONS])
         todo = sorted((d for d in dialogues if (d["id"], attacker) not in done), key=lambda d: -len(d["messages"]))
         for i in tqdm(range(0, len(todo), args.batch), f"{args.name}, {attacker}", mininterval=1, disable=None):

@@ -44,7 +44,8 @@ def parse_args(argv=None):
     add("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
     add("--adapter", help="adapter of sft.py: where the policy starts, and the frozen reference of the KL")
     add("--data", required=True, nargs="+", help="JSONL files of dialogues: first turns, and the scripts to fall back on")
-    add("--tutor", required=True, help="chat back end that scores and attacks: toy, or http(s)://host:port/v1")
+    add("--tutor", required=True, help="chat back end that scores and attacks: toy, http(s)://host:port/v1, local:PATH (a "
+        "second model here, 4-bit; local16: in bf16), or local:self (the student's base without its adapters)")
     add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
@@ -449,7 +450,7 @@ def main(args):
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:
         fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
     try:
-        ask = judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout)
+        ask = judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout, lambda: student)
     except ValueError as error:
         fail(f"--tutor: {error}")
     started = time.time()

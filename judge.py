@@ -3,8 +3,9 @@
 The one seam of nanoSteer. Whatever is not the student is a *chat back end*, a function `ask(requests) -> replies`:
 one batched call per turn, replies in the order of the requests, None where none came. A request is a dict
     {"system": str, "text": str, "image": PNG bytes or None, "schema": of the reply (optional)}
-and `backend(spec)` makes the function from a flag's value. Prompts, parsing, repair and rewards are the same code for
-every back end, so the toy world of toy.py sees exactly what a served 72B model would see.
+and `backend(spec)` makes the function from a flag's value: toy, http(s)://host:port/v1, local:PATH or local:self.
+Prompts, parsing, repair and rewards are the same code for every back end, so the toy world of toy.py sees exactly what
+a served 72B model would see.
 
 - The *tutor* (Stage III of the paper; [R] marks what the authors' repository says) scores the student's last turn and writes the next attack in
   one call: integers 1..10 for safety, usefulness and faithfulness, a strategy, the next user turn.
@@ -18,14 +19,18 @@ score. A reply that cannot be read is asked for once more and is then *missing* 
 
 import argparse
 import base64
+import functools
 import hashlib
 import json
 import os
 import random
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """--help of all scripts: the docstring as it stands, every flag with its default."""
@@ -213,7 +218,9 @@ def ask_and_read(ask, requests, read):
 # ---------------------------------------------------------------- back ends
 
 ATTEMPTS, PAUSE, PATIENCE = 6, 0.5, 20  # per request; seconds, doubled each time; requests in a row without any reply
-MAX_NEW = 2048  # tokens of a reply: room for a model that thinks first
+MAX_NEW = 2048  # tokens of a served reply: room for a model that thinks first
+LOCAL_NEW = 1024  # of a local one, which does not: ten turns of a plan fit, and a rambling row holds up its batch no longer
+LOCAL_TOKENS = 2 ** 16  # prompt and reply of all rows of a batch: bounds the cache, 3.5 GiB of it for a 7B (ours)
 HOSTS = set()  # that flags have named
 
 
@@ -226,31 +233,80 @@ class Verbatim(dict):
     get = lambda self, *_: None
 
 
-def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0):
-    """The `ask` function named by a flag's value: toy, or the address of an OpenAI-compatible server; the environment's
-    `key`, else OPENAI_API_KEY, is sent there. Raises ValueError for a value that names none."""
+def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0, student=None):
+    """The `ask` function named by a flag's value: toy; the address of an OpenAI-compatible server, where the
+    environment's `key`, else OPENAI_API_KEY, is sent; local:PATH, a Qwen2.5-VL in this process, NF4 (local16:PATH: not
+    quantised); local:self, the base of student() without its adapters. Raises ValueError for a value that names none."""
     if spec == "toy":
         import toy
         return toy.ask
+    if spec == "local:self":
+        if student is None:
+            raise ValueError("local:self is a student's own base, and here is no student: local:PATH")
+        return local(student)
+    if found := re.fullmatch(r"local(16)?:(.+)", spec):
+        from transformers import AutoConfig
+        try:
+            AutoConfig.from_pretrained(found[2])  # a wrong name shows now, the weights come with the first request
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{spec}: {str(error).splitlines()[0]}") from None
+        return local(functools.partial(load_local, found[2], not found[1]))
     if re.search("[@?]", spec):
         raise ValueError(f"a key belongs in {key}, not in an address")
     if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", spec):
-        raise ValueError(f"unknown chat back end {spec!r}: expected toy or http(s)://host:port/v1")
+        raise ValueError(f"unknown chat back end {spec!r}: expected toy, http(s)://host:port/v1, local:PATH or local:self")
     if not model:
         raise ValueError(f"{spec}: which model? --{key.split('_')[0].lower()}_model")
     return served(spec, model, os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or "none", concurrency, timeout)
+
+
+@functools.cache  # one model, however many roles it plays
+def load_local(path, nf4):
+    from sft import load_student
+    return load_student(path, nf4)
+
+
+def local(student):
+    """-> ask: the student's own generation, a request being a dialogue of one turn; greedy, as a served model is asked.
+    student() has its adapters off meanwhile; they, its mode and its trainable weights are then as they were."""
+    def ask(requests):
+        from grpo import rollout
+        from sft import Row, add_user, encode_images, micro_batches
+        speaker, rows, dialogues, replies = student(), [], [], [None] * len(requests)
+        for r in requests:
+            images = [r["image"]] if r["image"] else []
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": r["text"]}]
+            dialogues.append({"images": images, "messages": [{"role": "system", "content": r["system"]},
+                                                             {"role": "user", "content": content}]})
+            rows.append(Row())
+            add_user(speaker, rows[-1], content, images, r["system"])
+            rows[-1].add([speaker.end] * LOCAL_NEW)  # in place of a reply as long as it may get
+        training, adapters = speaker.model.training, speaker.model is not speaker.base
+        with speaker.model.disable_adapter() if adapters else nullcontext():
+            for batch in micro_batches(rows, LOCAL_TOKENS) if rows else []:
+                longest = max(len(rows[i].ids) for i in batch)
+                limits = SimpleNamespace(max_tokens=longest, max_new=LOCAL_NEW, temperature=0.0)
+                images = encode_images(speaker, [png for i in batch for png in dialogues[i]["images"]])
+                talks = rollout(speaker, [dialogues[i] for i in batch], [()] * len(batch),
+                                lambda talks: [None] * len(talks), limits, images)
+                for i, talk in zip(batch, talks):
+                    replies[i] = talk.turns[0]["assistant"]
+        speaker.model.train(training)
+        return replies
+    return ask
 
 
 def served(url, model, key, concurrency, timeout):
     """-> ask, over one kept client; a request that fails too often is None: missing. Two habits of huggingface_hub are
     not wanted: without a key it sends the user's Hub token, and its offline switch, meant for the Hub, stops all."""
     import httpx2
-    from huggingface_hub import InferenceClient, set_client_factory
-    from huggingface_hub.utils._http import hf_request_event_hook
+    from huggingface_hub import InferenceClient, get_session, set_client_factory
+    if not HOSTS:  # once: its own hooks go on for all other hosts
+        hooks = get_session().event_hooks["request"]
+        hook = lambda request: None if request.url.host in HOSTS else [h(request) for h in hooks]
+        set_client_factory(lambda: httpx2.Client(event_hooks={"request": [hook]}, follow_redirects=True, timeout=None,
+                                                 limits=httpx2.Limits()))  # the pool below bounds the connections
     HOSTS.add(httpx2.URL(url).host)
-    hook = lambda request: None if request.url.host in HOSTS else hf_request_event_hook(request)
-    set_client_factory(lambda: httpx2.Client(event_hooks={"request": [hook]}, follow_redirects=True, timeout=None,
-                                             limits=httpx2.Limits(max_keepalive_connections=concurrency)))
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
     pool, state = ThreadPoolExecutor(concurrency), dict(schema=True, answered=False, failed=0, dead=False, why="")
 
@@ -271,13 +327,17 @@ def served(url, model, key, concurrency, timeout):
         for attempt in range(ATTEMPTS):
             if state["dead"]:
                 return None
+            pause = PAUSE * 2 ** attempt * random.uniform(0.5, 1)
             try:
                 text = post(request, schema)
                 state.update(answered=True, failed=0, schema=state["schema"] and schema == wanted)
                 return text
             except httpx2.HTTPError as error:
-                status = getattr(getattr(error, "response", None), "status_code", 0)
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", 0)
                 state["why"] = f"HTTP {status}" if status else type(error).__name__
+                after = response.headers.get("retry-after", "") if status else ""
+                pause = max(pause, min(int(after), 60)) if after.isdecimal() else pause
             except (ValueError, TypeError, AttributeError, LookupError):
                 status, state["why"] = 0, "not a chat completion"
             if status in (401, 403, 404):
@@ -287,7 +347,7 @@ def served(url, model, key, concurrency, timeout):
             elif 400 <= status < 500 and status not in (408, 429):
                 return None  # it answers, only not this request
             elif attempt < ATTEMPTS - 1:
-                time.sleep(PAUSE * 2 ** attempt * random.uniform(0.5, 1))
+                time.sleep(pause)
         state["failed"] += 1
         state["dead"] |= state["failed"] >= PATIENCE
 
@@ -301,8 +361,9 @@ def served(url, model, key, concurrency, timeout):
 
 def identity(spec, *prompts, model=None):
     """What a score depends on besides the text: stored with every score, compared before scores are compared."""
-    served_by = {"model": model, "temperature": 0, "max_tokens": MAX_NEW} if model else {}
-    return {"backend": spec, "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16], **served_by}
+    limits = {"temperature": 0, "max_tokens": LOCAL_NEW if spec.startswith("local") else MAX_NEW} if spec != "toy" else {}
+    prompts = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+    return {"backend": spec, "prompts": prompts, **({"model": model} if model else {}), **limits}
 
 
 # ---------------------------------------------------------------- how far to trust a judge
@@ -311,7 +372,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = p.add_argument
     add("what", choices=["calibrate"], help="measure a judge on fixtures with known labels")
-    add("--judge", required=True, help="chat back end: toy, or http(s)://host:port/v1")
+    add("--judge", required=True, help="chat back end: toy, http(s)://host:port/v1, or local:PATH")
     add("--judge_model", help="model name at that address; its key is in JUDGE_API_KEY or OPENAI_API_KEY")
     add("--fixtures", default=Path(__file__).parent / "tests/judge_fixtures.jsonl", help="JSONL of labelled turns")
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
@@ -347,4 +408,8 @@ def calibrate(args):
 
 
 if __name__ == "__main__":
-    raise SystemExit(calibrate(parse_args()))
+    try:
+        sys.exit(calibrate(parse_args()))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

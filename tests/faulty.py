@@ -1,4 +1,4 @@
-"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N]`. What goes wrong is a
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S]`. What goes wrong is a
 function of the request and of how often it came, so a run can be repeated. Its first line is its address."""
 import argparse
 import collections
@@ -33,6 +33,11 @@ class Faulty(toy.Chat):
             fault = random.Random(hashlib.sha256(self.body).hexdigest() + str(came[self.body]))
             fault = fault.choice(FAULTS) if fault.random() < self.args.share else None
             counts[fault or "fine"] += 1
+        if self.args.busy and came[self.body] == 1:
+            self.send_response(429)
+            self.send_header("Retry-After", self.args.busy)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if self.args.status:
             return self.send(self.args.status, {"error": {"message": f"no: {self.headers['Authorization']}"}})
         if self.args.no_schema and "response_format" in json.loads(self.body):
@@ -63,5 +68,6 @@ if __name__ == "__main__":
     p.add_argument("share", type=float)
     p.add_argument("--no_schema", action="store_true")
     p.add_argument("--status", type=int)
+    p.add_argument("--busy", help="seconds to come back after, said to every new request")
     Faulty.args = p.parse_args()
     toy.serve(0, 0, Faulty)

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,15 @@ def test_an_endpoint_that_dies_in_the_middle_ends_the_run_and_one_that_stumbles_
     assert ask(requests_of(3)) == [None] * 3  # missing: perhaps it comes back
     with pytest.raises(judge.BackendError):
         ask(requests_of(60, seed=1))
+
+
+@pytest.mark.parametrize("busy, seconds", (("1", 1), ("soon", 0)))
+def test_a_busy_server_is_left_alone_as_long_as_it_asks(busy, seconds):
+    request, = requests_of(1)
+    with faulty("0", "--busy", busy) as (url, counts):
+        ask, begun = judge.backend(url, "m"), time.perf_counter()
+        assert ask([request]) == toy.ask([request]) and counts()["requests"] == 2
+        assert seconds <= time.perf_counter() - begun < seconds + 0.9
 
 
 def test_a_server_that_takes_no_schema_is_asked_without_one():
@@ -304,3 +314,77 @@ def test_calibration_counts_right(tmp_path, monkeypatch, capsys):
     assert "60 fixtures, 1 missing" in out and value["harmful", "sensitivity"] == "1.000" == value["refused", "specificity"]
     assert value["harmful", "specificity"] == "0.000" == value["refused", "sensitivity"] == value["harmful", "kappa"]
     assert value["harmful", "accuracy"] == f"{19 / 59:.3f}"
+
+
+# ---------------------------------------------------------------- a model in this process
+
+def test_a_local_model_says_what_it_says_alone_and_without_its_adapters(base, fresh, monkeypatch):
+    """Batched, and in batches, as one by one; local:self as the base on its own, whatever the adapters say."""
+    monkeypatch.setattr(judge, "LOCAL_NEW", 12)
+    requests = requests_of(5) + [{"system": "be kind <|im_end|>", "text": "hi <|image_pad|>", "image": None}]
+    student = fresh()
+    alone, own = judge.backend(f"local16:{base}"), judge.backend("local:self", student=lambda: student)
+    replies = alone(requests)
+    assert replies == [alone([r])[0] for r in requests] == own(requests) and all(replies) and alone([]) == []
+    plain = SimpleNamespace(**{**vars(student), "model": student.base}, base=student.base)  # taken for one without adapters
+    assert judge.local(lambda: plain)(requests) != replies
+    monkeypatch.setattr(judge, "LOCAL_TOKENS", 3000)
+    assert own(requests) == replies
+    assert judge.backend(f"local:{base}")(requests[:1]) != [None] and judge.load_local(str(base), True) is not judge.load_local(str(base), False)
+
+
+def state_of(student):
+    """What a tutor on the student's own weights could leave behind."""
+    return (student.model.training, student.model.active_adapters, [m._disable_adapters for m in student.model.modules() if hasattr(m, "_disable_adapters")],
+            [n for n, p in student.model.named_parameters() if p.requires_grad], grpo.torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize("spec", ("local:self", "local:"))
+def test_a_student_as_a_bad_tutor_of_a_student(spec, base, fresh, world, monkeypatch):
+    """Babble is no JSON: every turn is missing, asked for once more, and the script goes on."""
+    monkeypatch.setattr(judge, "LOCAL_NEW", 6)
+    dialogues = synth.read_dialogues([str(world / "rl.jsonl")])[:2]
+    args = grpo_args("--prompts", "2", "--group", "2", "--max_new", "8", "--max_turns", "2", "--no-checkpointing")
+    student = fresh()
+    ask = judge.backend(spec if spec == "local:self" else f"{spec}{base}", student=lambda: student)
+    dense, calls = grpo.dense_copy(student), []
+    grpo.fold(student, dense)
+    optimizer = grpo.torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=1e-3)
+    weights = {n: p.clone() for n, p in [*student.model.named_parameters(), *dense.named_parameters()]}
+    for training in (True, False):
+        student.model.train(training)
+        before = state_of(student)
+        ask(requests_of(2))
+        assert state_of(student) == before
+    counted = lambda requests: calls.append(len(requests)) or ask(requests)
+    line, talks, adv = grpo.train_step(0, dialogues, student, dense, optimizer, counted, args)
+    assert line["missing"] == 1 and line["fallback"] == 1 and not adv.any() and calls == [4] * 4
+    assert all(t["reward"] is None and isinstance(t["raw"], str) for talk in talks for t in talk.turns)
+    assert all(grpo.torch.equal(p, weights[n]) for n, p in [*student.model.named_parameters(), *dense.named_parameters()])
+    toy_line, *_ = grpo.train_step(1, dialogues, student, dense, optimizer, toy.ask, args)  # and the student still learns
+    assert toy_line["missing"] == 0 and state_of(student)[1:4] == before[1:4]
+
+
+def test_evaluation_with_local_tutor_and_judge(base, adapter, world, tmp_path, monkeypatch, capsys):
+    import eval as E
+    monkeypatch.setattr(judge, "LOCAL_NEW", 4)
+    lines = sorted((world / "bench.jsonl").read_text().splitlines(), key=len)[:2]
+    (world / "two.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as stop:
+        E.main(f"--model {base} --adapter {adapter} --data {world}/two.jsonl --judge local:{base} --tutor local:self --attacker adaptive "
+               f"--max_new 4 --max_tokens 600 --no-nf4 --out {tmp_path}/out --name x".split())
+    samples = E.load_run(tmp_path / "out")[0]
+    assert stop.value.code == 1 and "unscored" in capsys.readouterr().err and len(samples) == 2
+    assert all(t["verdict"] is None and t["strategy"] == "scripted" for s in samples for t in s["turns"])
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["judge"]["backend"] == f"local:{base}" and meta["judge"]["max_tokens"] == 4
+
+
+def test_what_is_no_local_model_is_named(tmp_path, capsys):
+    for spec in (f"local:{tmp_path}/nowhere", "local16:no-such-name", "local:self", "local:"):
+        with pytest.raises(ValueError, match="local") as error:
+            judge.backend(spec)
+        assert "\n" not in str(error.value)
+    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import judge; judge.backend('toy'); judge.backend('local:x')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "import of transformers halted" in done.stderr  # nothing before asked for torch
