@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import judge
-from synth import fail, open_image, read_dialogues, refuse_overwrite, write_meta
+from synth import NO_REPLY, fail, open_image, read_dialogues, refuse_overwrite, text_of, write_meta
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -235,6 +235,8 @@ def render(student, dialogue, max_tokens=None):
             paths = [next(images) for part in parts if part["type"] == "image"]
             add_user(student, row, message["content"], paths, system)
         elif message["role"] == "assistant":
+            if message["content"] == NO_REPLY:
+                break
             row.add(encode(student, text_of(message["content"])) + [student.end], turn)
             turn += 1
             if max_tokens and len(row.ids) > max_tokens:
@@ -245,10 +247,6 @@ def render(student, dialogue, max_tokens=None):
     tokens, turn, n_images = kept
     dropped = sum(m["role"] == "assistant" for m in messages) - turn
     return Row(row.ids[:tokens], row.turn_id[:tokens], row.images[:n_images], row.grids[:n_images]), dropped
-
-
-def text_of(content):
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def image_grid(student, image):

@@ -1,10 +1,17 @@
 """synth.py: the data format, what becomes of bad records, the splits, and that others can read the files."""
+import csv
 import json
+import math
 import random
 import re
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +21,9 @@ from PIL import Image
 import judge
 import sft
 import synth
+import toy
 from conftest import HOSTILE
+from readme import ROOT
 
 
 def record(**change):
@@ -361,6 +370,298 @@ def test_the_same_seed_writes_the_same_files(world, tmp_path):
         synth.main(synth.parse_args(["--seeds", str(world.parent / "seeds/seeds.jsonl"), "--generator", "toy", "--out", str(tmp_path / name)]))
     for name in ("sft", "rl", "bench"):
         assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
+
+
+def run_on(folder, *more, out="out", seeds="seeds.jsonl"):
+    synth.main(synth.parse_args(["--seeds", str(folder / seeds), "--generator", "toy", "--out", str(folder / out), *more]))
+    return {p.relative_to(folder / out): p.read_bytes() for p in (folder / out).rglob("*") if p.is_file() and p.name != "meta.json"}
+
+
+@pytest.fixture
+def toy_seeds(tmp_path):
+    toy.write_seeds(SimpleNamespace(out=tmp_path, n_sft=12, n_rl=4, n_bench=8), random.Random(3))
+    return tmp_path
+
+
+def test_what_was_done_before_a_stop_is_not_done_again(toy_seeds, monkeypatch, capsys):
+    """A back end that dies in the middle, a torn last line, a reply that was missing: --resume makes of it the files of
+    an undisturbed run, and asks for nothing twice."""
+    whole, asked = run_on(toy_seeds, out="whole"), []
+
+    def dying(requests):
+        asked.extend(requests)
+        if len(asked) > 60:
+            raise judge.BackendError("gone")
+        return toy.ask(requests)
+    monkeypatch.setattr(judge, "backend", lambda *_: dying)
+    with pytest.raises(judge.BackendError):
+        run_on(toy_seeds, "--concurrency", "4")
+    journal = toy_seeds / "out/journal.jsonl"
+    made = journal.read_bytes().splitlines()
+    assert 0 < len(made) < 24 and not (toy_seeds / "out/sft.jsonl").exists()
+    journal.write_bytes(b"\n".join(made[:-1]) + b"\n" + made[-1][:50])
+    monkeypatch.setattr(judge, "backend", lambda *_: lambda requests: asked.extend(requests) or toy.ask(requests))
+    asked.clear()
+    assert run_on(toy_seeds, "--resume", "--concurrency", "3") == whole
+    plans = [json.loads(r["text"]) for r in asked if "question" in r["text"]]
+    assert len(plans) <= 20 - len(made) + 1  # 20 plans in all, 4 dialogues are of twins
+    asked.clear()
+    assert run_on(toy_seeds, "--resume") == whole and not asked  # complete: nothing to do
+    monkeypatch.setattr(judge, "backend", lambda *_: lambda requests: [None] * len(requests))
+    with pytest.raises(SystemExit) as stopped:
+        run_on(toy_seeds, out="mute")
+    assert stopped.value.code == 1 and "failed 24" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run_on(toy_seeds, "--resume", out="mute") == whole
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--seed", "1"], "--seed"), (["--rl_strategies", "yes_ladder", "--obfuscated", "0"], "--obfuscated, --rl_strategies"), ([], "the data")])
+def test_a_run_is_not_gone_on_with_as_another(toy_seeds, capsys, words, named):
+    run_on(toy_seeds)
+    if not words:
+        with open(toy_seeds / "seeds.jsonl", "a") as f:
+            f.write(json.dumps(json.loads((toy_seeds / "seeds.jsonl").read_text().splitlines()[0]) | {"id": "new"}) + "\n")
+    for more, reason in (([], "not empty"), (["--resume"], f"{named} changed")):
+        with pytest.raises(SystemExit) as stopped:
+            run_on(toy_seeds, *words, *more)
+        assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def killed_and_resumed(folder, kills, seed):
+    """Kill synth.py with SIGKILL at random times until it has been killed often enough, then let it end."""
+    rng, command = random.Random(seed), [
+        sys.executable, "-c", "import synth, time, toy; ask = toy.ask; toy.ask = lambda rs: time.sleep(.06) or ask(rs); "
+        "synth.main(synth.parse_args())", "--seeds", str(folder / "seeds.jsonl"), "--generator", "toy", "--out",
+        str(folder / f"killed{seed}"), "--concurrency", "2"]
+    for _ in range(kills):
+        process = subprocess.Popen([*command, "--resume"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.0))
+        process.kill()
+        process.wait()
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {p.relative_to(folder / f"killed{seed}"): p.read_bytes() for p in (folder / f"killed{seed}").rglob("*")
+            if p.is_file() and p.name != "meta.json"}
+
+
+def test_two_kills_change_nothing(toy_seeds):
+    assert killed_and_resumed(toy_seeds, 2, 0) == run_on(toy_seeds)
+
+
+@pytest.mark.torture
+def test_twenty_kills_change_nothing(toy_seeds):
+    whole = run_on(toy_seeds)
+    for seed in range(1, 11):
+        assert killed_and_resumed(toy_seeds, 2, seed) == whole
+
+
+def test_an_attack_that_does_not_get_through_is_dropped(toy_seeds, capsys):
+    whole = run_on(toy_seeds)
+    capsys.readouterr()
+    few = run_on(toy_seeds, "--target", "toy", out="few")
+    out = capsys.readouterr().out
+    rows = lambda files: {r["id"]: r for n in ("sft", "rl", "bench") for r in map(json.loads, files[Path(f"{n}.jsonl")].decode().splitlines())}
+    before, after = rows(whole), rows(few)
+    lost = [before[i] for i in before if i not in after]
+    assert all(after[i] == before[i] for i in after) and lost and {d["kind"] for d in lost} <= {"red_team", "benign"}
+    twins = [d["id"] for d in lost if d["kind"] == "benign"]
+    assert all(i.endswith("-twin") and i.removesuffix("-twin") not in after for i in twins)
+    red = [d["id"] for d in lost if d["kind"] == "red_team"]
+    assert f"red_team: asked {sum(d['kind'] == 'red_team' for d in before.values())}, written" in out and f", {len(red)} dropped: attack failed" in out
+    journal = [json.loads(line) for line in few[Path("journal.jsonl")].decode().splitlines()]
+    assert len(journal) == 24 and {r["why"] for r in journal if "why" in r} == {"attack failed"}
+    assert rows(run_on(toy_seeds, "--target", "toy", "--min_success", "1", out="all")) == before
+
+
+def test_repeats_are_dropped_but_not_the_same_words_about_another_picture(folder, monkeypatch, capsys):
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "y.png")
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen".split()
+    said = {"a": words, "b": words, "c": words[:-1], "d": words[:9], "e": words}  # d shares 7 of 11 trigrams with a
+
+    def ask(requests):
+        documents = [json.loads(r["text"]) for r in requests]
+        return [json.dumps({"turns": [{"user": " ".join(said[d["question"]])}]} if "question" in d else
+                           {"reply": "<thinking>t</thinking><answer>a</answer>"}) for d in documents]
+    monkeypatch.setattr(judge, "backend", lambda *_: ask)
+    synth_run(folder, [seed(id=n, image="y.png" if n == "e" else "x.png", question=n) for n in said], "--splits", "1", "0", "0")
+    out = capsys.readouterr().out
+    assert [d["id"] for d in synth.read_dialogues([str(folder / "out/sft.jsonl")])] == ["a", "d", "e"]
+    assert "benign: asked 5, written 3, 1 dropped: exact duplicate, 1 dropped: near duplicate" in out
+    assert "asked 5, written 3, dropped 2, failed 0" in out
+
+
+# ---------------------------------------------------------------- the shapes of other people's files
+
+def shapes(folder):
+    """One harmless file of each shape. -> {file or folder: [(id, kind, category, turns, picture) of its records]}"""
+    names = ["x.png", "imgs/s/SD/0.jpg", "imgs/s/SD_TYPO/0.jpg", "imgs/s/TYPO/0.jpg", "train/ads/a.png", "train/ads/b.png"]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 7, 7)).save(folder / name)
+    say = lambda text, role="user": {"role": role, "content": [{"type": "text", "text": text}]}
+    write(folder, {"question": "how blim?", "image": "x.png", "category": "fosk", "image_severity": 1, "response": "r", "is_response_safe": "no"},
+          name="beaver.jsonl")
+    write(folder, {"question": "how drax?", "image": "x.png", "chosen": "c", "rejected": "r", "class1": "hesp"}, name="spa.jsonl")
+    write(folder, {"instruction_id": 7, "instruction": "plim it", "image_path": "x.png", "category": "q", "sub_category": "s", "source": "z",
+                   "image_description": "d", "safety_reason": "w"}, name="vls.jsonl")
+    (folder / "train.json").write_text(json.dumps([
+        {"id": "g1", "image": "ads/a.png", "safe": False, "harmful_category": "h", "harmful_subcategory": "s", "instr-resp": [{"instruction": "blim?", "response": "r"}]},
+        {"id": "g2", "image": "ads/b.png", "safe": True, "instr-resp": [{"safe_instruction": "what?", "response": "r"}, {"unsafe_instruction": "drax?", "response": "r"}]}]))
+    (folder / "questions").mkdir()
+    (folder / "questions/s.json").write_text(json.dumps({"0": {
+        "Question": "q", "Changed Question": "c", "Key Phrase": "k", "Phrase Type": "p", "Rephrased Question": "about the words", "Rephrased Question(SD)": "about this"}}))
+    write(folder, {"question_id": "rl-1", "question": [say("one")], "images": ["x.png"], "label": "l", "metadata": {
+        "question_id": "rl-1", "image": "x.png", "rest_messages": [say("two"), say("three")]}}, name="rl.jsonl")
+    write(folder, {"question_id": "b-1", "messages_fixed": [{"role": "system", "content": "be kind"}, say("one"), say("a1", "assistant"), say("two"),
+                                                           {"role": "user", "content": "three"}],
+                   "category": "cat", "source_category": "c2", "image": "x.png", "risk_trajectory": [1, 2, 5]},
+          {"question_id": "b-2", "messages_fixed": [say("one"), say("two")], "category": "cat", "image": "", "risk_trajectory": []}, name="steer.jsonl")
+    with open(folder / "mhj.csv", "w", newline="", encoding="utf-8-sig") as f:
+        rows = csv.DictWriter(f, ["Source", "tactic", "submission_message"] + [f"message_{i}" for i in range(101)])
+        rows.writeheader()
+        for n in (3, 2):
+            said = [{"role": "system", "body": "s"}] + [{"role": "user", "body": f"say, \n\"{i}\""} for i in range(n)]
+            rows.writerow({"Source": "x", "tactic": "t", "submission_message": "goal", **{f"message_{i}": json.dumps(m) for i, m in enumerate(said)}})
+    return {
+        "beaver.jsonl": [("beaver-1", "red_team", "fosk", ["how blim?"], "x.png")], "spa.jsonl": [("spa-1", "red_team", "hesp", ["how drax?"], "x.png")],
+        "vls.jsonl": [("vls-7", "red_team", "q", ["plim it"], "x.png")],
+        "train.json": [("train-g1-0", "red_team", "h", ["blim?"], "train/ads/a.png"), ("train-g2-0", "benign", "", ["what?"], "train/ads/b.png"),
+                       ("train-g2-1", "red_team", "", ["drax?"], "train/ads/b.png")],
+        "rl.jsonl": [("rl-1", "red_team", "", ["one", "two", "three"], "x.png")],
+        "steer.jsonl": [("b-1", "red_team", "cat", ["one", "two", "three"], "x.png"), ("b-2", "red_team", "cat", ["one", "two"], None)],
+        "mhj.csv": [("mhj-1", "red_team", "t", [f'say, \n"{i}"' for i in range(3)], None), ("mhj-2", "red_team", "t", [f'say, \n"{i}"' for i in range(2)], None)],
+        "questions": [], ".": [("s-0-SD", "red_team", "s", ["about this"], "imgs/s/SD/0.jpg"), ("s-0-SD_TYPO", "red_team", "s", ["about the words"], "imgs/s/SD_TYPO/0.jpg"),
+                               ("s-0-TYPO", "red_team", "s", ["about the words"], "imgs/s/TYPO/0.jpg")]}
+
+
+def test_public_sets_and_the_authors_files_are_read_as_they_come(folder, student, capsys):
+    wanted = shapes(folder)
+    everything = [row for rows in wanted.values() for row in rows]
+    for name, rows in wanted.items():
+        if name == "questions":  # its pictures are elsewhere: named, with the id
+            assert all(f"questions/s.json:1: images: s-0-{way}: " in line for way, line in zip(("SD", "SD_TYPO", "TYPO"), refused(capsys, str(folder / name))))
+            continue
+        got = synth.read_dialogues([str(folder / name)])
+        seen = [(d["id"], d["kind"], d["category"], [sft.text_of(c) for c, _ in synth.user_turns(d)],
+                 next((str(Path(i).relative_to(folder)) for i in d["images"]), None)) for d in got]
+        assert sorted(seen) == sorted(everything if name == "." else rows)
+        for d in got:
+            assert synth.user_turns(d)[0][1] == d["images"] and d["source"] and synth.check_dialogue({**d, "images": []}, folder) == (
+                f"images: 0 paths for {len(d['images'])} image parts" if d["images"] else None)
+    by_id = {d["id"]: d for d in got}
+    assert by_id["b-1"]["messages"][0] == {"role": "system", "content": "be kind"} and by_id["b-1"]["messages"][2]["content"] == "a1"
+    assert by_id["mhj-1"]["seed_id"] == by_id["mhj-2"]["seed_id"] and by_id["train-g2-0"]["seed_id"] == by_id["train-g2-1"]["seed_id"]
+    assert by_id["s-0-SD"]["seed_id"] == by_id["s-0-TYPO"]["seed_id"] != by_id["beaver-1"]["seed_id"] == by_id["spa-1"]["seed_id"]
+    for d in got:  # nobody trains on a reply that is not there
+        if d["id"] != "b-1":
+            with pytest.raises(ValueError, match=f"{d['id']}: no reply"):
+                sft.render(student, d)
+    row, _ = sft.render(student, by_id["b-1"])
+    assert max(row.turn_id) == 0  # its one reply is kept
+
+
+def test_dialogues_are_made_of_public_seeds(folder, capsys):
+    for name in shapes(folder):
+        if name in ("mhj.csv", "steer.jsonl"):
+            (folder / name).unlink()  # some have no picture
+    for name in ("x.png", "train/ads/a.png", "train/ads/b.png", *(f"imgs/s/{way}/0.jpg" for way in ("SD", "SD_TYPO", "TYPO"))):
+        toy.draw("cone", "red", True, random.Random(name)).save(folder / name, "PNG")
+    run_on(folder.parent, "--obfuscated", "0.5", seeds="data")
+    assert "asked 10, written 10" in capsys.readouterr().out
+    made = {d["id"]: d for n in ("sft", "rl", "bench") if (folder.parent / f"out/{n}.jsonl").stat().st_size
+            for d in synth.read_dialogues([str(folder.parent / f"out/{n}.jsonl")])}
+    assert len(made) == 10 and {d["kind"] for d in made.values()} == {"red_team", "obfuscated", "benign"}
+    assert len({made[i]["split"] for i in ("beaver-1", "spa-1", "vls-7", "rl-1")}) == 1  # one picture
+
+
+@pytest.mark.parametrize("record", [
+    {"question": "q", "image": {"bytes": "abc", "path": None}}, {"question_id": "b", "messages_fixed": None}, {"question_id": "b", "messages_fixed": []},
+    {"messages_fixed": [{"role": "user", "content": "hi"}]}, {"question_id": "b", "messages_fixed": [{"role": "user"}]},
+    {"question_id": "b", "messages_fixed": [{"role": "user", "content": [{"type": "text"}]}]}, {"question": "q", "metadata": 3},
+    {"instr-resp": [{"response": "r"}], "image": "x.png"}, {"instr-resp": [{"instruction": 3}], "image": "x.png"}, {"message_0": "no json"},
+    {"message_0": '{"role": "system", "body": "b"}'}, {"instruction_id": 3}, {"Rephrased Question": "q"}, {"question": ["q"], "image": "x.png"},
+    {"question": "q", "image": "gone.png"}, {"question": "q", "image": "../secret.png"}, {"question": "", "image": "x.png"},
+])
+def test_what_only_looks_like_one_of_them_is_named(folder, capsys, record):
+    Image.new("RGB", (9, 9)).save(folder.parent / "secret.png")
+    path = write(folder, {"question": "fine", "image": "x.png"}, record)
+    assert refused(capsys, path)[0].startswith(f"{path}:2: ") and len(synth.read_dialogues([path], skip_bad=True)) == 1
+    with pytest.raises(SystemExit):
+        synth.read_records([path], synth.check_seed, False)
+
+
+def test_what_cannot_be_read_is_said(folder, capsys):
+    (folder / "a.parquet").write_bytes(b"PAR1")
+    (folder / "empty").mkdir()
+    for name in ("a.parquet", "empty"):
+        assert "Parquet" in refused(capsys, str(folder / name))[0]
+    (folder / "half.json").write_text('[{"question": "q", "image": "x.png"},')
+    assert "half.json:1: record" in refused(capsys, str(folder / "half.json"))[0]
+    (folder / "lines.json").write_text('{"question": "q", "image": "x.png"}\n{"question": "r", "image": "x.png"}\n')
+    assert len(synth.read_dialogues([str(folder / "lines.json")])) == 2
+
+
+# ---------------------------------------------------------------- audit
+
+def run_audit(folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        synth.main(synth.parse_args(["audit", str(folder)]))
+    return stopped.value.code, capsys.readouterr().out
+
+
+def test_an_audit_of_what_synth_writes_finds_no_leak(world, capsys):
+    code, out = run_audit(world, capsys)
+    assert code == 0 and out.count("0 seeds and 0 pictures in both") == 3
+    count = {name: [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()] for name in ("sft", "rl", "bench")}
+    for name, rows in count.items():
+        lengths = [len(d["messages"]) // 2 for d in rows]
+        assert f"{name}: {len(rows)} dialogues" in out and "turns: " + ", ".join(f"{n} {lengths.count(n)}" for n in sorted({*lengths})) in out
+
+
+def test_an_audit_finds_a_seed_or_a_picture_in_two_splits_and_counts_likeness(folder, capsys):
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    words = "a b c d e f g h i j k l m n o p".split()
+    one = lambda i, seed, image, n, **more: record(id=i, seed_id=seed, images=[image], **more, messages=[
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " ".join(words[:n])}]}, {"role": "assistant", "content": "no"}])
+    write(folder, one("1", "s1", "0.png", 16, strategy="yes_ladder"), one("2", "s2", "1.png", 5), name="sft.jsonl")
+    write(folder, one("3", "s3", "2.png", 16), one("4", "s4", "3.png", 15), one("5", "s5", "4.png", 8), name="bench.jsonl")
+    code, out = run_audit(folder, capsys)
+    assert code == 0 and "of 3 dialogues in bench, 1 say what one in sft says, 2 nearly" in out
+    assert f"Jaccard {(1 + 13 / 14 + 3 / 6) / 3:.2f} on average, 1.00 at most" in out and "strategies: none 1, yes_ladder 1" in out
+    assert f"sft: 2 dialogues, distinct-1 {16 / 21:.3f}, distinct-2 {15 / 19:.3f}, distinct-3 {14 / 17:.3f}" in out
+    write(folder, one("6", "s2", "5.png", 4), name="rl.jsonl")  # a seed of sft
+    code, out = run_audit(folder, capsys)
+    assert code == 1 and "sft and rl: 1 seeds and 0 pictures in both ['s2']" in out
+    write(folder, one("6", "s6", "copy.png", 4), name="rl.jsonl")  # a picture of sft, under another name
+    code, out = run_audit(folder, capsys)
+    assert code == 1 and "sft and rl: 0 seeds and 1 pictures in both" in out
+    with pytest.raises(SystemExit) as stopped:
+        synth.audit(folder / "nowhere")
+    assert stopped.value.code == 2
+
+
+def naive_bleu(text, others):
+    """BLEU-4 without brevity penalty, written from its definition."""
+    precisions = []
+    for n in range(1, 5):
+        count = lambda words: Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+        mine, theirs = count(text), [count(o) for o in others]
+        precisions.append(sum(min(k, max(t[g] for t in theirs)) for g, k in mine.items()) / max(1, mine.total()))
+    return math.prod(precisions) ** 0.25
+
+
+def test_self_bleu_and_nearest_neighbours_against_their_definitions():
+    rng = random.Random(0)
+    for _ in range(20):
+        texts = [[rng.choice("abcd") for _ in range(rng.randint(3, 30))] for _ in range(rng.randint(2, 8))]
+        naive = [naive_bleu(t, texts[:i] + texts[i + 1:]) for i, t in enumerate(texts)]
+        assert synth.self_bleu(texts) == pytest.approx(sum(naive) / len(naive))
+        a, b = ([{*synth.ngrams(t, 3)} for t in part] for part in (texts[1:], texts[:1] * 2))
+        assert synth.nearest(a, b) == pytest.approx([max(len(x & y) / max(1, len(x | y)) for x in a) for y in b])
+    assert synth.self_bleu([["a"]]) == 0 and synth.self_bleu([list("abcde")] * 2) == 1
 
 
 # ---------------------------------------------------------------- other people's tools
