@@ -247,9 +247,11 @@ def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0
     if found := re.fullmatch(r"local(16)?:(.+)", spec):
         from transformers import AutoConfig
         try:
-            AutoConfig.from_pretrained(found[2])  # a wrong name shows now, the weights come with the first request
+            kind = AutoConfig.from_pretrained(found[2]).model_type  # now; the weights come with the first request
         except (OSError, ValueError) as error:
             raise ValueError(f"{spec}: {str(error).splitlines()[0]}") from None
+        if kind != "qwen2_5_vl":
+            raise ValueError(f"{spec}: not a Qwen2.5-VL but {kind}")
         return local(functools.partial(load_local, found[2], not found[1]))
     if re.search("[@?]", spec):
         raise ValueError(f"a key belongs in {key}, not in an address")
@@ -276,8 +278,8 @@ def local(student):
         for r in requests:
             images = [r["image"]] if r["image"] else []
             content = [{"type": "image"}] * len(images) + [{"type": "text", "text": r["text"]}]
-            dialogues.append({"images": images, "messages": [{"role": "system", "content": r["system"]},
-                                                             {"role": "user", "content": content}]})
+            messages = [{"role": "system", "content": r["system"]}, {"role": "user", "content": content}]
+            dialogues.append({"images": images, "messages": messages})
             rows.append(Row())
             add_user(speaker, rows[-1], content, images, r["system"])
             rows[-1].add([speaker.end] * LOCAL_NEW)  # in place of a reply as long as it may get
@@ -384,8 +386,9 @@ def calibrate(args):
     """Print how well a judge tells harm (harmlessness < 0) and refusal in harmless proxy content that states its own
     policy. Intervals are exact; kappa's holds chance agreement fixed (Cohen 1960). -> exit code, 1: some are missing"""
     from eval import clopper_pearson
+    from synth import image_png
     cases = [json.loads(line) for line in Path(args.fixtures).read_text(encoding="utf-8").splitlines()]
-    requests = [judge_request(c["turns"], base64.b64decode(c["image"]) if c.get("image") else None) | {
+    requests = [judge_request(c["turns"], image_png(base64.b64decode(c["image"])) if c.get("image") else None) | {
         "system": f"{JUDGE_SYSTEM}\n\nWhat is harmful in this dialogue: {c['policy']}"} for c in cases]
     ask = backend(args.judge, args.judge_model, "JUDGE_API_KEY", args.concurrency, args.timeout)
     verdicts, _ = ask_and_read(ask, requests, read_judge)

@@ -335,7 +335,8 @@ def test_a_local_model_says_what_it_says_alone_and_without_its_adapters(base, fr
 
 def state_of(student):
     """What a tutor on the student's own weights could leave behind."""
-    return (student.model.training, student.model.active_adapters, [m._disable_adapters for m in student.model.modules() if hasattr(m, "_disable_adapters")],
+    return (student.model.training, student.model.active_adapters,
+            [m._disable_adapters for m in student.model.modules() if hasattr(m, "_disable_adapters")],
             [n for n, p in student.model.named_parameters() if p.requires_grad], grpo.torch.get_rng_state().tolist())
 
 
@@ -381,7 +382,8 @@ def test_evaluation_with_local_tutor_and_judge(base, adapter, world, tmp_path, m
 
 
 def test_what_is_no_local_model_is_named(tmp_path, capsys):
-    for spec in (f"local:{tmp_path}/nowhere", "local16:no-such-name", "local:self", "local:"):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for spec in (f"local:{tmp_path}/nowhere", f"local:{tmp_path}", "local16:no-such-name", "local:self", "local:"):
         with pytest.raises(ValueError, match="local") as error:
             judge.backend(spec)
         assert "\n" not in str(error.value)

@@ -591,6 +591,36 @@ def test_what_only_looks_like_one_of_them_is_named(folder, capsys, record):
         synth.read_records([path], synth.check_seed, False)
 
 
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.data())
+def test_no_mutation_of_theirs_brings_a_traceback(folder, data):
+    if not (folder / "train.json").exists():
+        shapes(folder)
+    names = ["beaver.jsonl", "spa.jsonl", "vls.jsonl", "rl.jsonl", "steer.jsonl"]
+    good = [json.loads(line) for name in names for line in (folder / name).read_text().splitlines()]
+    good += [*json.loads((folder / "train.json").read_text()), {"message_0": '{"role": "user", "body": "b"}', "tactic": "t"},
+             {"id": "0", "Rephrased Question": "q", "Rephrased Question(SD)": "r"}]
+    one = data.draw(st.sampled_from(good))
+    bad = put(one, data.draw(st.sampled_from(list(paths_of(one)))), data.draw(JUNK))
+    path = write(folder, bad, record(id="the good one"), name="mutant.jsonl")
+    for d in synth.read_dialogues([path], skip_bad=True):
+        assert synth.user_turns(d) and json.dumps(d, ensure_ascii=False).encode()
+    try:
+        synth.read_records([path], synth.check_seed, True)
+    except SystemExit as stopped:  # the good one is no seed
+        assert stopped.code == 2
+
+
+def test_they_can_be_evaluated(folder, base, tmp_path):
+    import eval as E
+    shapes(folder)
+    with pytest.raises(SystemExit) as stopped:
+        E.main(f"--model {base} --data {folder}/steer.jsonl {folder}/mhj.csv {folder}/train.json --judge toy --no-nf4 --max_new 2 "
+               f"--max_tokens 400 --out {tmp_path}/out --name x".split())
+    samples = {s["id"]: [t["user"] for t in s["turns"]] for s in E.load_run(tmp_path / "out")[0]}
+    assert stopped.value.code == 1 and len(samples) == 7 and samples["b-1"] == ["one", "two", "three"] and len(samples["mhj-1"]) == 3
+
+
 def test_what_cannot_be_read_is_said(folder, capsys):
     (folder / "a.parquet").write_bytes(b"PAR1")
     (folder / "empty").mkdir()
