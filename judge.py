@@ -26,6 +26,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -237,6 +238,8 @@ def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0
     """The `ask` function named by a flag's value: toy; the address of an OpenAI-compatible server, where the
     environment's `key`, else OPENAI_API_KEY, is sent; local:PATH, a Qwen2.5-VL in this process, NF4 (local16:PATH: not
     quantised); local:self, the base of student() without its adapters. Raises ValueError for a value that names none."""
+    if concurrency < 1 or not timeout > 0:
+        raise ValueError(f"--concurrency {concurrency}, --timeout {timeout}: both must be above 0")
     if spec == "toy":
         import toy
         return toy.ask
@@ -265,7 +268,10 @@ def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0
 @functools.cache  # one model, however many roles it plays
 def load_local(path, nf4):
     from sft import load_student
-    return load_student(path, nf4)
+    try:
+        return load_student(path, nf4)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"local:{path}: {str(error).splitlines()[0]}") from None
 
 
 def local(student):
@@ -310,7 +316,8 @@ def served(url, model, key, concurrency, timeout):
                                                  limits=httpx2.Limits()))  # the pool below bounds the connections
     HOSTS.add(httpx2.URL(url).host)
     client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
-    pool, state = ThreadPoolExecutor(concurrency), dict(schema=True, answered=False, failed=0, dead=False, why="")
+    pool, dead = ThreadPoolExecutor(concurrency), threading.Event()
+    state = dict(schema=True, answered=False, failed=0, why="")
 
     def post(request, schema):
         content = [{"type": "text", "text": request["text"]}]
@@ -321,41 +328,47 @@ def served(url, model, key, concurrency, timeout):
         form = schema and Verbatim(type="json_schema", json_schema={"name": "reply", "schema": schema})
         out = client.chat_completion(messages, model=model, temperature=0, max_tokens=MAX_NEW, response_format=form)
         text = out.choices[0].message.content
-        return text if isinstance(text, str) else None
+        # half an emoji could not be written to a file: it becomes "?"
+        return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
     def one(request):
         wanted = request.get("schema")
         schema = wanted if state["schema"] else None
         for attempt in range(ATTEMPTS):
-            if state["dead"]:
+            if dead.is_set():
                 return None
             pause = PAUSE * 2 ** attempt * random.uniform(0.5, 1)
             try:
                 text = post(request, schema)
                 state.update(answered=True, failed=0, schema=state["schema"] and schema == wanted)
                 return text
-            except httpx2.HTTPError as error:
+            except (httpx2.HTTPError, OSError) as error:
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", 0)
                 state["why"] = f"HTTP {status}" if status else type(error).__name__
                 after = response.headers.get("retry-after", "") if status else ""
-                pause = max(pause, min(int(after), 60)) if after.isdecimal() else pause
-            except (ValueError, TypeError, AttributeError, LookupError):
+                pause = max(pause, min(float(after), 60)) if after.isdecimal() else pause
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
                 status, state["why"] = 0, "not a chat completion"
             if status in (401, 403, 404):
-                state["dead"] = True  # the key, the address or the model is wrong
-            elif schema and status in (400, 422):
+                break  # the key, the address or the model is wrong; or a filter of the server's stopped this one
+            if schema and status in (400, 422):
                 schema = None  # perhaps this server takes none
             elif 400 <= status < 500 and status not in (408, 429):
                 return None  # it answers, only not this request
             elif attempt < ATTEMPTS - 1:
-                time.sleep(pause)
+                dead.wait(pause)
         state["failed"] += 1
-        state["dead"] |= state["failed"] >= PATIENCE
+        if state["failed"] >= PATIENCE:
+            dead.set()
 
     def ask(requests):
-        replies = list(pool.map(one, requests))
-        if state["dead"] or requests and not state["answered"]:
+        try:
+            replies = list(pool.map(one, requests))
+        except KeyboardInterrupt:
+            dead.set()  # else the interpreter would wait for every attempt still to come
+            raise
+        if dead.is_set() or requests and not state["answered"]:
             raise BackendError(f"{url}, model {model}: no reply ({state['why']})")
         return replies
     return ask
@@ -387,9 +400,20 @@ def calibrate(args):
     policy. Intervals are exact; kappa's holds chance agreement fixed (Cohen 1960). -> exit code, 1: some are missing"""
     from eval import clopper_pearson
     from synth import image_png
-    cases = [json.loads(line) for line in Path(args.fixtures).read_text(encoding="utf-8").splitlines()]
-    requests = [judge_request(c["turns"], image_png(base64.b64decode(c["image"])) if c.get("image") else None) | {
-        "system": f"{JUDGE_SYSTEM}\n\nWhat is harmful in this dialogue: {c['policy']}"} for c in cases]
+    cases, requests = [], []
+    for number, line in enumerate(Path(args.fixtures).read_bytes().splitlines(), 1):
+        try:
+            c = json.loads(line)
+            if not {c["harmful"], c["refused"]} <= {True, False, None}:
+                raise ValueError("harmful, refused: neither true nor false nor null")
+            image = image_png(base64.b64decode(c["image"])) if c.get("image") else None
+            system = f"{JUDGE_SYSTEM}\n\nWhat is harmful in this dialogue: {c['policy']}"
+            requests.append(judge_request(c["turns"], image) | {"system": system})
+            cases.append({k: c[k] for k in ("label", "harmful", "refused")})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{args.fixtures}:{number}: not a fixture ({error!r})") from None
+    if not cases:
+        raise ValueError(f"{args.fixtures}: no fixture in it")
     ask = backend(args.judge, args.judge_model, "JUDGE_API_KEY", args.concurrency, args.timeout)
     verdicts, _ = ask_and_read(ask, requests, read_judge)
     said = [v and {"harmful": v["harmlessness"] < 0, "refused": v["refused"]} for v in verdicts]
@@ -416,3 +440,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped")

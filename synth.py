@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for sft.jsonl, rl.jsonl, bench.jsonl and images/")
-    add("--resume", action="store_true", help="go on with the run in --out; only back ends and their speed may differ")
+    add("--resume", action="store_true", help="go on with the run in --out; only addresses and speed of back ends may differ")
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
     every = [*judge.STRATEGIES]
@@ -120,9 +120,12 @@ def fail(*lines, code=2):
 
 def refuse_overwrite(out):
     """Make the output folder; stop when there is already something in it, so that no run is lost to another."""
-    if Path(out).exists() and any(Path(out).iterdir()):
-        fail(f"{out} is not empty: choose another --out or remove it")
-    Path(out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if any(Path(out).iterdir()):
+            fail(f"{out} is not empty: choose another --out or remove it")
+    except OSError as error:
+        fail(f"--out: {error}")
 
 
 def lines(records):
@@ -137,7 +140,7 @@ def write_whole(path, text):
 
 def data_hashes(args):
     paths = getattr(args, "data", None) or getattr(args, "seeds", None) or []
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p, _ in data_files(paths)}
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p, _ in data_files(paths)}
 
 
 def write_meta(args, started, **more):
@@ -158,7 +161,8 @@ def open_image(path):
                 raise ValueError(f"{image.width} x {image.height} pixels: too large, or too long and thin")
             return image.convert("RGB")
     except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them raise
-        raise ValueError(f"image {path}: {error}") from None
+        name = "in the record" if isinstance(path, bytes) else path
+        raise ValueError(f"image {name}: {str(error)[:200]}") from None
 
 
 @lru_cache(1024)
@@ -406,12 +410,12 @@ def request(system, document, seed):
 
 
 def read_plan(text):
-    """The attacker's turns, or None."""
+    """The attacker's turns, two at least, or None."""
     turns = (judge.read_json(text) or {}).get("turns")
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("user"), str)
                                               and t["user"].strip() for t in turns):
         return None
-    return turns or None
+    return turns if len(turns) > 1 else None
 
 
 def read_reply(text):
@@ -447,8 +451,7 @@ def converse(group, ask, target, args):
     ways = "rl" if s["split"] == "sft" and s["kind"] == "benign" else s["split"]
     ways = {k: judge.STRATEGIES[k] for k in getattr(args, f"{ways}_strategies")} | judge.EVOLUTIONS
     document = {"kind": s["kind"], "question": s["question"], "turns": n, "strategies": ways}
-    # a twin that comes first has lost its seed
-    plan = None if "twin_of" in s else (yield ask, request(ATTACKER_SYSTEM, document, s), read_plan)
+    plan = yield ask, request(ATTACKER_SYSTEM, document, s), read_plan
     plan = plan and plan[:10]
     if plan and target and s["kind"] == "red_team":
         said = yield from play(target, TARGET_SYSTEM, read_reply, s)
@@ -498,15 +501,17 @@ def dialogue_of(seed, plan, said):
 
 
 def refuse_other_run(args):
-    """--resume: stop, and name them, when data or arguments are not those in meta.json. Back ends may be others: an
-    address changes when a server starts again."""
+    """--resume: stop, and name them, when data or arguments are not those in meta.json. Back ends may stand
+    elsewhere: an address changes when a server starts again."""
     path = Path(args.out, "meta.json")
-    if path.exists():
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
-        free = ("seeds", "generator", "target", "concurrency", "timeout", "out", "resume")
-        changed = [f"--{k}" for k in now if k not in free and before["args"].get(k) != now[k]]
-        if changed := changed + ["the data"] * (before["data"] != data_hashes(args)):
-            fail(f"{args.out} is of another run: {', '.join(changed)} changed")
+    if not path.exists():
+        return refuse_overwrite(args.out)
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
+    free = ("seeds", "generator", "target", "concurrency", "timeout", "out", "resume")
+    changed = [f"--{k}" for k in now if k not in free and before["args"].get(k) != now[k]]
+    changed += ["the data"] * (sorted(before["data"].values()) != sorted(data_hashes(args).values()))
+    if changed:
+        fail(f"{args.out} is of another run: {', '.join(changed)} changed")
 
 
 def read_journal(path):
@@ -522,9 +527,12 @@ def read_journal(path):
 def make_dialogues(seeds, ask, target, args):
     """-> {id: record of the journal}, of all seeds. Written as they are done, so that a stop loses little."""
     path, groups = Path(args.out, "journal.jsonl"), {}
-    for s in sorted(seeds, key=lambda s: "twin_of" in s):
-        groups.setdefault(s.get("twin_of", s["id"]), []).append(s)
+    for s in sorted(seeds, key=lambda s: bool(s.get("twin_of"))):  # a seed before its twins
+        groups.setdefault(s.get("twin_of") or s["id"], []).append(s)
     made = read_journal(path)
+    for g in groups.values():
+        if g[0].get("twin_of"):
+            made |= {s["id"]: {"id": s["id"], "why": "its seed is missing"} for s in g}
     todo = [g for g in groups.values() if any(s["id"] not in made for s in g)]
     with open(path, "a", encoding="utf-8") as f, tqdm(total=sum(map(len, todo)), desc="dialogues", disable=None) as bar:
         # twice as many as are asked at a time, so that no server waits for the last of a round
@@ -581,8 +589,10 @@ def main(args):
     unknown = {*args.sft_strategies, *args.rl_strategies, *args.bench_strategies} - {*judge.STRATEGIES}
     if unknown:
         fail(f"unknown strategies: {', '.join(sorted(unknown))}")
-    if min(args.splits) < 0 or sum(args.splits) <= 0:
+    if not (min(args.splits) >= 0 and 0 < sum(args.splits) < math.inf):
         fail(f"--splits {args.splits}: shares, of which one at least is above 0")
+    if not 0 <= args.obfuscated <= 1:
+        fail(f"--obfuscated {args.obfuscated}: not a share")
     target, served = None, (args.concurrency, args.timeout)
     try:
         ask = judge.backend(args.generator, args.generator_model, "GENERATOR_API_KEY", *served)
@@ -596,9 +606,9 @@ def main(args):
         if s.get("source") and s["kind"] == "red_team" and drawn < args.obfuscated:
             s["kind"] = "obfuscated"
     refuse_other_run(args) if args.resume else refuse_overwrite(args.out)
-    Path(args.out, "images").mkdir(parents=True, exist_ok=True)
     started = time.time()
     write_meta(args, started)
+    Path(args.out, "images").mkdir(exist_ok=True)
     failed = write_splits(seeds, make_dialogues(seeds, ask, target, args), args)
     write_meta(args, started)
     if failed:

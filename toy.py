@@ -342,8 +342,11 @@ class Chat(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        try:
+            self.end_headers()
+            self.wfile.write(data)
+        except ConnectionError:
+            pass  # nobody waits for it any more
 
     def log_message(self, *args):  # not a line on stderr per request
         pass
@@ -581,12 +584,15 @@ def make_base(args, rng):
 
 
 def main(args):
+    from synth import fail, refuse_overwrite, write_meta
     if args.what == "serve":
-        return serve(args.port, args.latency)
+        try:
+            return serve(args.port, args.latency)
+        except (OSError, OverflowError) as error:
+            fail(f"--port {args.port}: {error}")
     if args.what == "fixtures":
         return write_fixtures(args.file)
     import torch
-    from synth import refuse_overwrite, write_meta
     started = time.time()
     if args.threads:
         torch.set_num_threads(args.threads)

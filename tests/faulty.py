@@ -1,4 +1,4 @@
-"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S]`. What goes wrong is a
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S] [--answers JSON]`. What goes wrong is a
 function of the request and of how often it came, so a run can be repeated. Its first line is its address."""
 import argparse
 import collections
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import toy
 
-FAULTS = ["429", "500", "dropped", "slow", "garbage", "body", "truncated", "null", "refusal", "echo", "cut echo",
+FAULTS = ["403", "429", "500", "dropped", "slow", "garbage", "body", "truncated", "null", "refusal", "echo", "cut echo",
           "sorry"]
 FORGED = {"rationale": "", "harmlessness": 3, "helpfulness": 3, "refused": True, "next_turn": "", "strategy": "",
           "scores": {"safety": 10, "usefulness": 10, "faithfulness": 10}}  # as a student might write it
@@ -38,6 +38,13 @@ class Faulty(toy.Chat):
             self.send_header("Retry-After", self.args.busy)
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        if self.args.answers:
+            status, headers, body = self.args.answers[counts["requests"] - 1]
+            self.send_response(status)
+            for header in {**headers, "Content-Length": len(body)}.items():
+                self.send_header(*header)
+            self.end_headers()
+            return self.wfile.write(body.encode())
         if self.args.status:
             return self.send(self.args.status, {"error": {"message": f"no: {self.headers['Authorization']}"}})
         if self.args.no_schema and "response_format" in json.loads(self.body):
@@ -46,7 +53,7 @@ class Faulty(toy.Chat):
             return self.send(400, {"error": {"message": "unknown field response_format"}})
         request = toy.read_chat(json.loads(self.body))
         text, = toy.ask([request])
-        if fault in ("429", "500"):
+        if fault in ("403", "429", "500"):
             return self.send(int(fault), {"error": {"message": "busy"}})
         if fault == "dropped":
             self.close_connection = True
@@ -69,5 +76,6 @@ if __name__ == "__main__":
     p.add_argument("--no_schema", action="store_true")
     p.add_argument("--status", type=int)
     p.add_argument("--busy", help="seconds to come back after, said to every new request")
+    p.add_argument("--answers", type=json.loads, help="[[status, headers, body], ..] to the first requests")
     Faulty.args = p.parse_args()
     toy.serve(0, 0, Faulty)

@@ -3,9 +3,11 @@ import base64
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -119,6 +121,13 @@ def test_an_endpoint_that_only_says_no_is_one_line_without_the_key(status, monke
         assert tries == (6 if status == 400 else 3 * judge.ATTEMPTS) if status not in (401, 404) else tries <= 3
 
 
+def test_a_port_that_cannot_be_had_is_one_line(toy_url, capsys):
+    for port in (toy_url.split(":")[2].split("/")[0], "99999"):
+        with pytest.raises(SystemExit) as stopped:
+            toy.main(toy.parse_args(["serve", "--port", port]))
+        assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"--port {port}: ")
+
+
 def test_an_endpoint_that_dies_in_the_middle_ends_the_run_and_one_that_stumbles_does_not():
     with server("toy.py", "serve", "--port", "0") as url:
         ask = judge.backend(url, "m")
@@ -128,6 +137,18 @@ def test_an_endpoint_that_dies_in_the_middle_ends_the_run_and_one_that_stumbles_
         ask(requests_of(60, seed=1))
 
 
+def test_a_stop_waits_for_no_further_attempt(monkeypatch):
+    monkeypatch.setattr(judge, "PAUSE", 4)
+    ask = judge.backend(dead_url(), "m", concurrency=2)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        ask(requests_of(5))
+    with pytest.raises(judge.BackendError):  # by now the threads of before are free
+        ask(requests_of(2))
+    assert time.perf_counter() - begun < 1.5
+
+
 @pytest.mark.parametrize("busy, seconds", (("1", 1), ("soon", 0)))
 def test_a_busy_server_is_left_alone_as_long_as_it_asks(busy, seconds):
     request, = requests_of(1)
@@ -135,6 +156,24 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(busy, seconds):
         ask, begun = judge.backend(url, "m"), time.perf_counter()
         assert ask([request]) == toy.ask([request]) and counts()["requests"] == 2
         assert seconds <= time.perf_counter() - begun < seconds + 0.9
+
+
+def test_no_answer_brings_a_traceback(monkeypatch):
+    monkeypatch.setattr(judge, "ATTEMPTS", 1)
+    said = lambda message: json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+    odd = [(200, {}, "[" * 5000), (200, {}, '{"choices": NaN}'), (200, {}, "<html>"), (200, {}, '{"choices": []}'), (200, {}, said("hi")),
+           (307, {"Location": "https://huggingface.co/x"}, ""), (307, {"Location": "/v1/chat/completions"}, ""), (304, {}, ""),
+           (429, {"Retry-After": "9" * 5000}, ""), (200, {"Content-Encoding": "gzip"}, "no gzip"), (500, {}, "[" * 5000)]
+    fine = [(200, {}, said({"role": "assistant", "content": content})) for content in (["a", "list"], "half an emoji: \ud83d")]
+    request, = requests_of(1)
+    with faulty("0", "--answers", json.dumps(fine[:1] * 2 + fine[1:] * 2 + odd)) as (url, _):
+        ask = judge.backend(url, "m")
+        assert judge.ask_and_read(ask, [request], read_either) == ([None], [None])
+        (result,), (raw,) = judge.ask_and_read(ask, [request], read_either)
+        assert result is None and raw.startswith("half an emoji") and raw.encode()  # it goes into a file
+        for _ in odd:
+            with pytest.raises(judge.BackendError):
+                judge.backend(url, "m")([request])
 
 
 def test_a_server_that_takes_no_schema_is_asked_without_one():
@@ -170,6 +209,10 @@ def test_a_back_end_is_named_properly():
         assert "secret" not in str(error.value)
     for spec in ("http://localhost:8000/v1", "https://api.example.com/v1/", "http://[::1]:80"):
         assert callable(judge.backend(spec, "m"))
+    for number in (dict(concurrency=0), dict(concurrency=-1), dict(timeout=0), dict(timeout=-1), dict(timeout=float("nan"))):
+        for spec in ("toy", "http://localhost:8000/v1"):
+            with pytest.raises(ValueError, match="above 0"):
+                judge.backend(spec, "m", **number)
     assert judge.identity("http://h/v1", "p", model="a") != judge.identity("http://h/v1", "p", model="b")
     assert judge.identity("toy", "p").keys() == {"backend", "prompts"}
 
@@ -195,7 +238,7 @@ def check_faulty(n):
         results, raw = judge.ask_and_read(ask, requests, read_either)
         faults = counts()
     truth = [read_either(text) for text in toy.ask(requests)]
-    assert len(results) == len(raw) == n and {*faults} >= {"429", "500", "dropped", "slow", "echo", "null", "sorry"}
+    assert len(results) == len(raw) == n and {*faults} >= {"403", "429", "500", "dropped", "slow", "echo", "null", "sorry"}
     keys = ("safety", "usefulness", "faithfulness", "harmlessness", "helpfulness", "refused")
     for result, right in zip(results, truth):
         assert result is None or [result.get(k) for k in keys] == [right.get(k) for k in keys]
@@ -302,6 +345,25 @@ def test_the_shipped_fixtures_are_sixty_and_complete(capsys):
     assert run_calibrate("--judge", "toy") == 1 and "60 fixtures, 60 missing" in capsys.readouterr().out  # no pictures
 
 
+def test_what_is_no_fixture_is_named_by_its_line(tmp_path):
+    toy.write_fixtures(tmp_path / "f.jsonl")
+    good = json.loads((tmp_path / "f.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "g.jsonl"
+    good["turns"][0]["user"] += "\u2028"  # for some a line break
+    path.write_text(json.dumps(good, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert run_calibrate("--fixtures", path, "--judge", "toy") == 0
+    picture = base64.b64encode(b"no picture" * 1000).decode()
+    for bad in ("", "nonsense", [1], {"x": 1}, {**good, "turns": []}, {**good, "turns": [{"user": "u"}]}, {**good, "turns": [{"user": "u", "assistant": None}]},
+                {**good, "image": picture}, {**good, "image": 3}, {**good, "harmful": "yes"}, {**good, "refused": []}):
+        path.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)) + "\n")
+        with pytest.raises(ValueError) as error:
+            run_calibrate("--fixtures", path, "--judge", "toy")
+        assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value) and len(str(error.value)) < 300
+    path.write_text("")
+    with pytest.raises(ValueError, match="no fixture"):
+        run_calibrate("--fixtures", path, "--judge", "toy")
+
+
 def test_calibration_counts_right(tmp_path, monkeypatch, capsys):
     """A judge that calls everything harmful and never a refusal, and is silent on one fixture of sixty."""
     toy.write_fixtures(tmp_path / "f.jsonl")
@@ -387,6 +449,10 @@ def test_what_is_no_local_model_is_named(tmp_path, capsys):
         with pytest.raises(ValueError, match="local") as error:
             judge.backend(spec)
         assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # and no weights
+    with pytest.raises(judge.BackendError) as error:
+        judge.backend(f"local:{tmp_path}")(requests_of(1))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import judge; judge.backend('toy'); judge.backend('local:x')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "import of transformers halted" in done.stderr  # nothing before asked for torch

@@ -339,7 +339,8 @@ def test_dialogues_of_every_kind_have_their_lengths(world):
 def test_a_generator_that_answers_anyhow_costs_dialogues_not_the_run(folder, monkeypatch, capsys):
     """Plans and replies of a served model: what cannot be used is counted as failed, nothing raises."""
     turns = [{"user": "one?", "strategy": "yes_ladder"}, {"user": "two?", "strategy": ["deepen"]}, {"user": "three?"}]
-    plans = {"good": turns, "list": "x", "none": None, "empty": [], "long": turns * 9, "odd": [{"user": 3}], "half": turns}
+    plans = {"good": turns, "list": "x", "none": None, "empty": [], "long": turns * 9, "odd": [{"user": 3}], "half": turns,
+             "one": turns[:1]}
     for i, name in enumerate(plans):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{name}.png")
 
@@ -361,7 +362,7 @@ def test_a_generator_that_answers_anyhow_costs_dialogues_not_the_run(folder, mon
     assert stop.value.code == 1  # incomplete, and what there is was written
     done = synth.read_dialogues([str(folder / "out/sft.jsonl")])
     done = [d for d in done if d["id"] != "long"]  # 27 turns: may be cut or fail
-    assert [d["id"] for d in done] == ["good"] and re.search("failed [56]", capsys.readouterr().out)
+    assert [d["id"] for d in done] == ["good"] and re.search("failed [67]", capsys.readouterr().out)
     assert sft.text_of(done[0]["messages"][5]["content"]) == "<thinking>t</thinking><answer>to three?</answer>"
 
 
@@ -413,6 +414,45 @@ def test_what_was_done_before_a_stop_is_not_done_again(toy_seeds, monkeypatch, c
     assert stopped.value.code == 1 and "failed 24" in capsys.readouterr().out
     monkeypatch.undo()
     assert run_on(toy_seeds, "--resume", out="mute") == whole
+
+
+def test_a_twin_without_its_seed_is_dropped_and_counted(folder, capsys):
+    toy.draw("cone", "red", False, random.Random(0)).save(folder / "x.png")
+    seeds = [seed(id="t", twin_of="gone"), seed(id="a", twin_of="")]  # the second is no twin
+    synth_run(folder, seeds)
+    assert "benign: asked 2, written 1, 1 dropped: its seed is missing" in capsys.readouterr().out
+    synth_run(folder, seeds, "--resume")
+    assert "dropped 1, failed 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--splits", "nan", "0", "0"], ["--splits", "0", "0", "0"], ["--splits", "-1", "2", "0"],
+                                   ["--obfuscated", "nan"], ["--obfuscated", "7"], ["--out", "/proc/no"], ["--out", __file__]])
+def test_numbers_and_folders_that_cannot_be_are_one_line(toy_seeds, capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        run_on(toy_seeds, *words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words[0] in error and error.count("\n") == 1
+
+
+def test_a_folder_of_something_else_is_not_gone_on_with(toy_seeds):
+    (toy_seeds / "out").mkdir()
+    (toy_seeds / "out/sft.jsonl").write_text("dear")
+    with pytest.raises(SystemExit) as stopped:
+        run_on(toy_seeds, "--resume")
+    assert stopped.value.code == 2 and (toy_seeds / "out/sft.jsonl").read_text() == "dear"
+
+
+def test_two_files_of_one_name_are_two_files(folder, capsys):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        toy.draw("cone", "red", False, random.Random(name)).save(folder / name / "x.png")
+        write(folder / name, seed(id=name, seed_id=name), name="seeds.jsonl")
+    run_on(folder.parent, seeds="data")
+    run_on(folder.parent, "--resume", seeds="data")
+    write(folder / "a", seed(id="a", seed_id="a", question="another"), name="seeds.jsonl")
+    with pytest.raises(SystemExit):
+        run_on(folder.parent, "--resume", seeds="data")
+    assert "the data changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, named", [
@@ -481,7 +521,8 @@ def test_repeats_are_dropped_but_not_the_same_words_about_another_picture(folder
 
     def ask(requests):
         documents = [json.loads(r["text"]) for r in requests]
-        return [json.dumps({"turns": [{"user": " ".join(said[d["question"]])}]} if "question" in d else
+        turns = lambda words: [{"user": " ".join(words[:4])}, {"user": " ".join(words[4:])}]
+        return [json.dumps({"turns": turns(said[d["question"]])} if "question" in d else
                            {"reply": "<thinking>t</thinking><answer>a</answer>"}) for d in documents]
     monkeypatch.setattr(judge, "backend", lambda *_: ask)
     synth_run(folder, [seed(id=n, image="y.png" if n == "e" else "x.png", question=n) for n in said], "--splits", "1", "0", "0")
