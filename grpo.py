@@ -483,7 +483,7 @@ def main(args):
             log.flush(), book.flush()
             tqdm.write(LINE.format(**line))
     save_adapter(student, args.out)
-    write_meta(args, started, step=steps)
+    write_meta(args, started, step=steps, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model))
     print(f"adapter in {args.out}")
 
 

@@ -311,7 +311,7 @@ def ask(requests):
         if image is None or look(image) is None:  # nothing to look at: no reply, as a back end says it
             replies.append(None)
             continue
-        seed = hashlib.sha256(text.encode() + (image or b"")).digest()[:8]
+        seed = hashlib.sha256(text.encode() + image).digest()[:8]
         document, _ = json.JSONDecoder().raw_decode(text)  # what follows the document is a repair request
         role = ROLES[re.search(r"You are the (\w+)", request["system"])[1]]
         replies.append(json.dumps(role(document, look(image), random.Random(seed))))
@@ -329,7 +329,7 @@ class Chat(BaseHTTPRequestHandler):
             return self.send(404, {"error": {"message": f"no {self.path} here"}})
         try:
             text, = ask([read_chat(json.loads(body))])
-        except (ValueError, LookupError, TypeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             return self.send(400, {"error": {"message": f"not a request of this world: {error!r}"}})
         self.say(text)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_an_endpoint_that_only_says_no_is_one_line_without_the_key(status, monke
         assert f"HTTP {status}" in line and url in line and "\n" not in line and "secret" not in line
         tries = counts()["requests"]
         assert tries == (6 if status == 400 else 3 * judge.ATTEMPTS) if status not in (401, 404) else tries <= 3
+
+
+def test_the_toy_server_has_an_answer_to_every_request(toy_url):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png(SCENES[0])).decode()}}
+    say = lambda text, *parts: {"messages": [{"role": "system", "content": judge.TUTOR_SYSTEM}, {"role": "user", "content": [{"type": "text", "text": text}, *parts]}]}
+    odd = [3, [], {}, {"messages": 3}, say("no JSON", picture), say("3", picture), say('{"dialogue": []}', picture), say('{"dialogue": [{"user": 3, "assistant": 3}]}', picture),
+           say("{}", {"type": "image_url", "image_url": {"url": "data:,AAAA"}})]
+    for body in [*map(json.dumps, odd), "[" * 5000, "\0"]:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{toy_url}/chat/completions", body.encode(), timeout=5)
+        assert error.value.code == 400
 
 
 def test_a_port_that_cannot_be_had_is_one_line(toy_url, capsys):
