@@ -3,6 +3,7 @@
 The one seam of nanoSteer. Whatever is not the student is a *chat back end*, a function `ask(requests) -> replies`:
 one batched call per turn, replies in the order of the requests, None where none came. A request is a dict
     {"system": str, "text": str, "image": PNG bytes or None, "schema": of the reply (optional)}
+(a student over HTTP: {"messages": the chat so far, "max_tokens": of the reply})
 and `backend(spec)` makes the function from a flag's value: toy, http(s)://host:port/v1, local:PATH or local:self.
 Prompts, parsing, repair and rewards are the same code for every back end, so the toy world of toy.py sees exactly what
 a served 72B model would see.
@@ -225,6 +226,11 @@ LOCAL_TOKENS = 2 ** 16  # prompt and reply of all rows of a batch: bounds the ca
 HOSTS = set()  # that flags have named
 
 
+def image_part(png):
+    """PNG bytes -> a part of a chat message."""
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png).decode()}}
+
+
 class BackendError(SystemExit):
     """Nobody answers, no use in going on. Left uncaught it is one line on stderr and exit code 1, in any script."""
 
@@ -320,15 +326,14 @@ def served(url, model, key, concurrency, timeout):
     state = dict(schema=True, answered=False, failed=0, why="")
 
     def post(request, schema):
-        content = [{"type": "text", "text": request["text"]}]
-        if request["image"]:
-            data = "data:image/png;base64," + base64.b64encode(request["image"]).decode()
-            content.insert(0, {"type": "image_url", "image_url": {"url": data}})
-        messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": content}]
+        if not (messages := request.get("messages")):
+            content = [image_part(request["image"])] if request["image"] else []
+            content.append({"type": "text", "text": request["text"]})
+            messages = [{"role": "system", "content": request["system"]}, {"role": "user", "content": content}]
         form = schema and Verbatim(type="json_schema", json_schema={"name": "reply", "schema": schema})
-        out = client.chat_completion(messages, model=model, temperature=0, max_tokens=MAX_NEW, response_format=form)
-        text = out.choices[0].message.content
-        # half an emoji could not be written to a file: it becomes "?"
+        out = client.chat_completion(messages, model=model, temperature=0, response_format=form,
+                                     max_tokens=request.get("max_tokens", MAX_NEW))
+        text = out.choices[0].message.content  # half an emoji could not be written to a file: it becomes "?"
         return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
     def one(request):

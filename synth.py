@@ -119,10 +119,11 @@ def fail(*lines, code=2):
 
 
 def refuse_overwrite(out):
-    """Make the output folder; stop when there is already something in it, so that no run is lost to another."""
+    """Make the output folder; stop when there is already something in it, so that no run is lost to another. Empty
+    files and .part are what a kill in the first moments leaves."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        if any(Path(out).iterdir()):
+        if any(p.suffix != ".part" and (p.is_dir() or p.stat().st_size) for p in Path(out).iterdir()):
             fail(f"{out} is not empty: choose another --out or remove it")
     except OSError as error:
         fail(f"--out: {error}")
@@ -140,13 +141,37 @@ def write_whole(path, text):
 
 def data_hashes(args):
     paths = getattr(args, "data", None) or getattr(args, "seeds", None) or []
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p, _ in data_files(paths)}
+    return {str(p): file_hash(p) for p, _ in data_files(paths)}  # two folders may have files of one name
 
 
-def write_meta(args, started, **more):
-    """meta.json beside every result: how it came about, with which versions, from which data, in what time."""
-    meta = {"args": vars(args), "seconds": round(time.time() - started, 1), "data": data_hashes(args),
-            "versions": {m: version(m) for m in ("torch", "transformers", "peft", "bitsandbytes")}, **more}
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def about(args):
+    """What a run is made of: arguments, hashes of its data and of the adapter it starts from, versions."""
+    adapter = Path(getattr(args, "adapter", None) or "", "adapter_model.safetensors")
+    return {"args": vars(args), "data": data_hashes(args),
+            "adapter": file_hash(adapter) if getattr(args, "adapter", None) and adapter.is_file() else None,
+            "versions": {m: version(m) for m in ("torch", "transformers", "peft", "bitsandbytes")}}
+
+
+def refuse_changes(args, meta, saved, free):
+    """--resume: name the arguments, and the data and adapter by what is in them, that differ from those of `saved`, and stop
+    unless --allow_changes. `free` ones may differ."""
+    kept = [{**m["args"], "data": [*m["data"].values()], "adapter": m.get("adapter")}
+            for m in (json.loads(json.dumps(meta)), saved)]
+    changed = [f"--{k}" for k in kept[0] if k not in free and kept[0][k] != kept[1].get(k)]
+    if changed and not args.allow_changes:
+        fail(f"{args.out} was begun with another {', '.join(changed)}; --allow_changes goes on all the same")
+    if changed:
+        print(f"going on with another {', '.join(changed)}")
+
+
+def write_meta(args, started, /, **more):
+    """meta.json beside every result: how it came about, and in what time."""
+    meta = {**about(args), "seconds": round(time.time() - started, 1), **more}
     write_whole(Path(args.out, "meta.json"), json.dumps(meta, indent=1))
 
 

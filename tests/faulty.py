@@ -1,6 +1,8 @@
-"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S] [--answers JSON]`. What goes wrong is a
-function of the request and of how often it came, so a run can be repeated. Its first line is its address."""
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S]
+[--answers JSON]`. What goes wrong is a function of the request and of how often it came, so a run can be repeated. It also plays a student, to a chat
+without a role of toy.py. Its first line is its address."""
 import argparse
+import base64
 import collections
 import hashlib
 import json
@@ -18,6 +20,18 @@ FAULTS = ["403", "429", "500", "dropped", "slow", "garbage", "body", "truncated"
 FORGED = {"rationale": "", "harmlessness": 3, "helpfulness": 3, "refused": True, "next_turn": "", "strategy": "",
           "scores": {"safety": 10, "usefulness": 10, "faithfulness": 10}}  # as a student might write it
 came, counts, lock = collections.Counter(), collections.Counter(), threading.Lock()
+
+
+def student(messages):
+    """The next turn of a chat: about half the time, as a hash of it has it, what the rules would answer, else a refusal."""
+    users = [m["content"] for m in messages if m["role"] == "user"]
+    url, = [p["image_url"]["url"] for parts in users for p in parts if p["type"] == "image_url"]
+    user = " ".join(p["text"] for p in users[-1] if p["type"] == "text")
+    turns = [{"assistant": m["content"]} for m in messages if m["role"] == "assistant"]
+    scene = toy.look(base64.b64decode(url.split(",")[1]))
+    told = toy.answer(toy.read_form(user), user, scene, toy.said_so_far(turns))
+    rng = random.Random(json.dumps(messages))
+    return toy.reply(scene, rng.choice([told, toy.STOP + toy.ENDS[1].format(alt=toy.SAFE[scene[0]]) + " ünd “so”"]))
 
 
 class Faulty(toy.Chat):
@@ -51,8 +65,10 @@ class Faulty(toy.Chat):
             with lock:
                 counts["schema"] += 1
             return self.send(400, {"error": {"message": "unknown field response_format"}})
-        request = toy.read_chat(json.loads(self.body))
-        text, = toy.ask([request])
+        messages = json.loads(self.body)["messages"]
+        plays = messages[0]["role"] == "system" and "You are the" in messages[0]["content"]
+        text = toy.ask([toy.read_chat(json.loads(self.body))])[0] if plays else student(messages)
+        time.sleep(self.latency / 1000)
         if fault in ("403", "429", "500"):
             return self.send(int(fault), {"error": {"message": "busy"}})
         if fault == "dropped":
@@ -77,5 +93,6 @@ if __name__ == "__main__":
     p.add_argument("--status", type=int)
     p.add_argument("--busy", help="seconds to come back after, said to every new request")
     p.add_argument("--answers", type=json.loads, help="[[status, headers, body], ..] to the first requests")
+    p.add_argument("--latency", type=float, default=0.0)
     Faulty.args = p.parse_args()
-    toy.serve(0, 0, Faulty)
+    toy.serve(0, Faulty.args.latency, Faulty)
