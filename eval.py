@@ -9,16 +9,20 @@ Every value has a 95 % interval that resamples seeds; what could not be scored i
     make toy                                                                                       # laptop, see there
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/synth/bench.jsonl \\
                    --judge http://localhost:8001/v1 --judge_model NAME --out out/eval/sft --name sft    # 7B: by its name
+    python eval.py --endpoint http://localhost:8002/v1 --endpoint_model NAME --data data/synth/bench.jsonl \\
+                   --judge http://localhost:8001/v1 --judge_model NAME --out out/eval/it --name it      # a served student
     python eval.py compare out/eval/base out/eval/sft --out out/eval          # merge arms: results.json, tables, report
     python eval.py report out/eval/results.json --markdown                    # the tables again
 
-Writes OUT/samples.jsonl (append-only, a judged dialogue a line), results.json, report.html, meta.json.
+Writes OUT/samples.jsonl (a dialogue a line; append-only while it runs, in id order at the end), results.json,
+report.html, meta.json. Killed at any instant, the same command with --resume does what is missing or failed.
 """
 
 import argparse
 import base64
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -26,6 +30,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -35,25 +40,31 @@ import judge
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--model", required=True, help="Hugging Face folder or name of the base")
+    student = p.add_mutually_exclusive_group(required=True)
+    student.add_argument("--model", help="Hugging Face folder or name of the base")
+    student.add_argument("--endpoint", help="or a served student, http(s)://host:port/v1")
+    add("--endpoint_model", help="model name at that address; its key is in ENDPOINT_API_KEY or OPENAI_API_KEY")
     add("--adapter", help="adapter of sft.py or grpo.py; none: the base itself")
     add("--data", nargs="+", required=True, help="JSONL files of dialogues, see synth.py")
     add("--judge", required=True, help="chat back end that scores each turn: toy, http(s)://host:port/v1, or local:PATH")
     add("--judge_model", help="model name at that address; its key is in JUDGE_API_KEY or OPENAI_API_KEY")
     add("--tutor", help="chat back end that attacks, for --attacker adaptive; better not the one of training; also local:self")
     add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
-    add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
-    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
+    add("--concurrency", type=int, default=40, help="requests to a served back end at a time (ours)")
+    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end (ours)")
     add("--attacker", nargs="+", choices=("adaptive", "static"), default=["static"],
         help="adaptive: the tutor writes each next turn; static: the script is replayed, as the authors do [R]")
     add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
     add("--out", required=True, help="folder for samples, results and report")
     add("--name", required=True, help="name of this arm in results and comparisons")
     add("--mode", choices=("all", "infer", "judge", "report"), default="all",
-        help="infer: generate only; judge: score what is unscored; report: results from samples, no model at all")
-    add("--batch", type=int, default=100, help="dialogues abreast")
-    add("--max_new", type=int, default=512, help="new tokens per turn; greedy decoding")
-    add("--max_tokens", type=int, default=8192, help="cache columns per dialogue")
+        help="infer: generate only; judge: score what is unscored, or all of it anew when the judge is another one (copy "
+        "the folder first to keep both); report: results from samples, no model at all")
+    add("--resume", action="store_true", help="go on in a folder that is not empty: only what is missing or failed")
+    add("--allow_changes", action="store_true", help="resume although arguments or data are not those it began with")
+    add("--batch", type=int, default=100, help="dialogues abreast (ours)")
+    add("--max_new", type=int, default=512, help="new tokens per turn; greedy decoding (ours)")
+    add("--max_tokens", type=int, default=8192, help="cache columns per dialogue (ours)")
     add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
     add("--nf4", action=flag, default=True, help="4-bit base, as in training")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
@@ -61,10 +72,60 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+# ---------------------------------------------------------------- the student, here or served
+
+def local_student(args):
+    """-> the student, and play(dialogues, respond) -> talks: the rollout of grpo.py, greedy."""
+    import torch
+    from grpo import dense_copy, fold, rollout
+    from sft import encode_images, load_adapter, load_student
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    student = load_student(args.model, args.nf4, args.max_pixels)
+    if args.adapter:
+        load_adapter(student, args.adapter, "policy")
+    dense, greedy = dense_copy(student), argparse.Namespace(**vars(args) | {"temperature": 0.0})
+    fold(student, dense)
+
+    def play(dialogues, respond):
+        images = encode_images(student, [path for d in dialogues for path in d["images"]])
+        return rollout(student, dialogues, [(d["id"],) for d in dialogues], respond, greedy, images, dense)
+    return student, play
+
+
+def served_student(ask, max_new):
+    """-> the same play over a chat endpoint: a concurrent call a turn for all dialogues, each picture in the message it
+    belongs to. A dialogue whose call fails is cut short there."""
+    from synth import user_turns
+
+    def message(dialogue, content, paths):
+        parts, paths = [{"type": "text", "text": content}] if isinstance(content, str) else content, iter(paths)
+        return {"role": "user", "content": [judge.image_part(picture(dialogue, next(paths))) if p["type"] == "image" else
+                                            {"type": "text", "text": p["text"]} for p in parts]}
+
+    def play(dialogues, respond):
+        talks = [SimpleNamespace(dialogue=d, turns=[], cut=False, messages=[
+            m for m in d["messages"][:1] if m["role"] == "system"]) for d in dialogues]
+        going = [(talk, (*user_turns(talk.dialogue)[0], "scripted")) for talk in talks]
+        while going:
+            for talk, (content, paths, _) in going:
+                talk.messages.append(message(talk.dialogue, content, paths))
+            replies = ask([{"messages": talk.messages, "max_tokens": max_new} for talk, _ in going])
+            for (talk, (_, _, strategy)), reply in zip(going, replies):
+                user = " ".join(p["text"] for p in talk.messages[-1]["content"] if p["type"] == "text")
+                talk.messages.append({"role": "assistant", "content": reply})
+                talk.turns += [{"user": user, "strategy": strategy, "assistant": reply}] * (reply is not None)
+                talk.cut = reply is None
+            active = [talk for talk, _ in going if not talk.cut]
+            going = [(talk, turn) for talk, turn in zip(active, respond(active)) if turn]
+        return talks
+    return play
+
+
 # ---------------------------------------------------------------- a run
 
 def respond_with(ask, strategies):
-    """-> respond(talks) for grpo.rollout. ask None: the script's next turn; else the tutor's, the script's where it has
+    """-> respond(talks) for a student. ask None: the script's next turn; else the tutor's, the script's where it has
     none. The dialogue has as many turns as its script, so both attackers see dialogues of equal length."""
     from synth import user_turns
 
@@ -83,37 +144,37 @@ def respond_with(ask, strategies):
     return respond
 
 
-def tutor_of(args, student=None):
-    return judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout, lambda: student)
-
-
-def first_image(dialogue):
+def picture(dialogue, path):
     from synth import image_png
-    return image_png(dialogue["images"][0]) if dialogue["images"] else None
+    try:
+        return image_png(path)
+    except ValueError as error:
+        raise ValueError(f"{dialogue['id']}: {error}") from None
 
 
-def infer(args, dialogues, done):
-    """Yield unjudged samples, a batch at a time, for all (id, attacker) not in `done`. Greedy, over grpo's rollout."""
-    from grpo import dense_copy, fold, rollout
-    from sft import encode_images, load_adapter, load_student
+def first_image(dialogue):  # the one that tutor and judge see
+    return picture(dialogue, dialogue["images"][0]) if dialogue["images"] else None
+
+
+def infer(args, asks, dialogues, done):
+    """Yield unjudged samples, a batch at a time, for all (id, attacker) not in `done`. Batches are cut from the whole
+    data and a local one is played whole, so that what a resumed run computes is the same to the last bit."""
     from tqdm import tqdm
-    student = load_student(args.model, args.nf4, args.max_pixels)
-    if args.adapter:
-        load_adapter(student, args.adapter, "policy")
-    dense, args.temperature = dense_copy(student), 0.0
-    fold(student, dense)
+    if args.endpoint:
+        play = served_student(asks["endpoint"], args.max_new)
+    else:
+        asks["student"], play = local_student(args)
+    failed = "the endpoint gave no reply" if args.endpoint else "--max_tokens has no room for all turns"
     for attacker in args.attacker:
-        ask = tutor_of(args, student) if attacker == "adaptive" else None
-        respond = respond_with(ask, [*args.strategies, *judge.EVOLUTIONS])
-        todo = sorted((d for d in dialogues if (d["id"], attacker) not in done), key=lambda d: -len(d["messages"]))
-        for i in tqdm(range(0, len(todo), args.batch), f"{args.name}, {attacker}", mininterval=1, disable=None):
-            batch = todo[i:i + args.batch]
-            images = encode_images(student, [path for d in batch for path in d["images"]])
-            talks = rollout(student, batch, [(d["id"],) for d in batch], respond, args, images, dense)
-            yield [{**{k: t.dialogue[k] for k in ("id", "seed_id", "kind", "strategy", "category")}, "arm": args.name,
-                    "attacker": attacker, "images": t.dialogue["images"],
-                    "error": "--max_tokens has no room for all turns" if t.cut else None,
-                    "turns": [{**turn, "verdict": None} for turn in t.turns]} for t in talks]
+        respond = respond_with(asks["tutor"] if attacker == "adaptive" else None, [*args.strategies, *judge.EVOLUTIONS])
+        order = sorted(dialogues, key=lambda d: -len(d["messages"]))
+        for i in tqdm(range(0, len(order), args.batch), f"{args.name}, {attacker}", mininterval=1, disable=None):
+            batch = order[i:i + args.batch]
+            todo = [d for d in batch if (d["id"], attacker) not in done]
+            talks = play(todo if args.endpoint else batch, respond) if todo else []
+            yield [{**{k: t.dialogue.get(k) for k in ("id", "seed_id", "kind", "strategy", "category", "source", "images")},
+                    "arm": args.name, "attacker": attacker, "error": failed if t.cut else None,
+                    "turns": [{**turn, "verdict": None} for turn in t.turns]} for t in talks if t.dialogue in todo]
 
 
 def judge_samples(ask, samples):
@@ -123,64 +184,117 @@ def judge_samples(ask, samples):
     requests = [judge.judge_request(s["turns"][:k + 1], first_image(s)) for s, k in open_turns]
     verdicts, raw = judge.ask_and_read(ask, requests, judge.read_judge)
     for (s, k), verdict, text in zip(open_turns, verdicts, raw):
+        turn = s["turns"][k]
+        turn.pop("raw", None)
         if verdict:
-            tags = judge.split_reply(s["turns"][k]["assistant"])[2]
+            tags = judge.split_reply(turn["assistant"])[2]
             verdict |= {"helpfulness_free": verdict["helpfulness"], "helpfulness": verdict["helpfulness"] * tags}
-        s["turns"][k] |= {"verdict": verdict} if verdict else {"raw": text}
+        turn |= {"verdict": verdict} if verdict else {"raw": text}
     return samples
 
 
+def trained_against(args):
+    """Warnings: the judge or the attacker is the tutor that the adapter was trained with, says the adapter's meta.json.
+    A model at another address is still the same model."""
+    meta = Path(args.adapter or "", "meta.json")
+    was = json.loads(meta.read_text(encoding="utf-8")).get("args", {}) if args.adapter and meta.exists() else {}
+    tutor = was.get("tutor_model") or was.get("tutor")
+    roles = {"judge": args.judge_model or args.judge}
+    if "adaptive" in args.attacker:
+        roles["attacker"] = args.tutor_model or args.tutor
+    return [f"{args.name}: the {role}, {who}, is the tutor of its training" for role, who in roles.items() if who == tutor]
+
+
 def run(args):
-    from synth import fail, read_dialogues, refuse_overwrite, write_meta
+    from synth import about, fail, lines, read_dialogues, refuse_changes, refuse_overwrite, write_whole
+    if args.mode == "report":
+        return publish(results([args.out]), [args.out], args.out)
     if "adaptive" in args.attacker and not args.tutor:
         fail("--attacker adaptive needs a --tutor")
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:
         fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
+    if args.endpoint and (args.adapter or not args.endpoint.startswith("http")):
+        fail(f"--endpoint {args.endpoint}: expected http(s)://host:port/v1, and no --adapter")
+    generates, judges = args.mode != "judge", args.mode != "infer"
+    roles = ["endpoint", "tutor"] * generates + ["judge"] * judges
+    itself = {} if args.endpoint else {"tutor": lambda: asks["student"]}  # for --tutor local:self
     try:
-        ask = judge.backend(args.judge, args.judge_model, "JUDGE_API_KEY", args.concurrency, args.timeout)
-        if args.tutor:
-            tutor_of(args)
+        asks = {role: judge.backend(spec, getattr(args, f"{role}_model"), f"{role.upper()}_API_KEY", args.concurrency,
+                                    args.timeout, itself.get(role)) for role in roles if (spec := getattr(args, role))}
     except ValueError as error:
-        fail(f"--judge, --tutor: {error}")
-    started, path, done = time.time(), Path(args.out, "samples.jsonl"), {}
-    if args.mode in ("all", "infer"):
-        refuse_overwrite(args.out)
+        fail(f"--{', --'.join(roles)}: {error}")
+
+    started, samples, path = time.time(), {}, Path(args.out, "samples.jsonl")
+    meta = {**about(args), "name": args.name, "warnings": trained_against(args), "seconds": 0.0,
+            "judge": judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model)}
+    if not generates or args.resume and Path(args.out, "meta.json").exists():
+        found, was = load_run(args.out)
+        samples = {(sample["id"], sample["attacker"]): sample for sample in found}
+        free = {"out", "mode", "resume", "allow_changes", "concurrency", "timeout", "skip_bad", "threads"}
+        refuse_changes(args, meta, was, free if generates else free | {"judge", "judge_model"})
+        meta |= {key: was[key] for key in ("n_samples", "seconds")} | ({} if judges else {"judge": was["judge"]})
+        if meta["judge"] != was["judge"]:
+            for turn in (turn for sample in found for turn in sample["turns"]):
+                turn["verdict"] = None
     else:
-        done = {(s["id"], s["attacker"]): s for s in load_run(args.out)[0]}
-    if args.mode != "report":
-        import torch
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        refuse_overwrite(args.out)
+    if generates:
         dialogues = read_dialogues(args.data, args.skip_bad)
-        batches = [list(done.values())] if args.mode == "judge" else infer(args, dialogues, done)
-        with open(path, "a") as f:
-            for samples in batches:
-                if args.mode != "infer":
-                    samples = judge_samples(ask, samples)
-                f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-                f.flush()
-        before = load_run(args.out)[1] if args.mode == "judge" else {}  # judging again keeps what generation wrote
-        write_meta(args, started - before.get("seconds", 0), name=args.name,
-                   judge=judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model),
-                   n_samples=before.get("n_samples", len(dialogues) * len(args.attacker)))
-    if args.mode != "infer":
-        incomplete(publish(results([args.out]), [args.out], args.out))
+        meta["n_samples"] = len(dialogues) * len(args.attacker)
+
+    def write_all():  # samples in order, the last line of each, none of them torn
+        write_whole(path, lines(samples[key] for key in sorted(samples)))
+        write_whole(Path(args.out, "meta.json"), json.dumps(meta, indent=1))
+
+    def append(batch):
+        samples.update({(sample["id"], sample["attacker"]): sample for sample in batch})
+        f.write(lines(batch))
+        f.flush()
+
+    write_all()
+    for warning in meta["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    with open(path, "a", encoding="utf-8") as f:
+        waiting = [s for s in samples.values() if any(turn["verdict"] is None for turn in s["turns"])] if judges else []
+        for i in range(0, len(waiting), args.batch):
+            append(judge_samples(asks["judge"], waiting[i:i + args.batch]))
+        # a served student may reply the next time; what has no room in --max_tokens never will
+        done = {key for key, sample in samples.items() if not (sample["error"] and args.endpoint)}
+        for batch in infer(args, asks, dialogues, done) if generates and len(done) < meta["n_samples"] else []:
+            append(batch)  # what was generated is on disk before the judge is asked
+            if judges:
+                append(judge_samples(asks["judge"], batch))
+    meta["seconds"] = round(meta["seconds"] + time.time() - started, 1)
+    write_all()
+    if judges:
+        publish(results([args.out]), [args.out], args.out)
+    elif failed := [sample["id"] for sample in samples.values() if sample["error"]]:
+        fail(f"{len(failed)} dialogues failed, {failed[0]} the first", code=1)
+
+
+def thumbnail(png):
+    """-> a data URL, small enough for thousands of pictures in one page."""
+    from PIL import Image
+    image, small = Image.open(io.BytesIO(png)), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(small, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
 
 
 def publish(res, folders, out):
-    """Write results.json and report.html, print the tables; -> res."""
-    Path(out, "results.json").write_text(json.dumps(res, indent=1) + "\n")
+    """Write results.json and report.html, print the tables. Exit code 1 when a dialogue is missing or a turn unscored."""
+    from synth import write_whole
     samples = [s for folder in folders for s in load_run(folder)[0]]
-    images = {p: "data:image/png;base64," + base64.b64encode(first_image(s)).decode() for s in samples for p in s["images"][:1]}
+    shown_in = {path: s for s in samples for path in s["images"]}
+    data = {"title": f"nanoSteer: {', '.join(res['arms'])}", "results": res, "tables": [*tables(res)], "samples": samples,
+            "images": {path: thumbnail(picture(s, path)) for path, s in shown_in.items()}}
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    data = {"title": f"nanoSteer: {', '.join(res['arms'])}", "results": res, "samples": samples, "images": images}
-    Path(out, "report.html").write_text(fill_report(template, data), encoding="utf-8")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(out, "results.json"), json.dumps(res, indent=1) + "\n")
+    write_whole(Path(out, "report.html"), fill_report(template, data))
     print_tables(tables(res))
-    return res
-
-
-def incomplete(res):
-    """Exit code 1 when a dialogue is missing or a turn unscored; what there is was written."""
+    print(f"\nseconds: {', '.join(f'{k} {v:.0f}' for k, v in res['seconds'].items())}; {out}/results.json; "
+          f"open {out}/report.html to read the dialogues")
     if res["status"] != "complete":
         print("incomplete: dialogues are missing, or turns unscored", file=sys.stderr)
         sys.exit(1)
@@ -197,9 +311,6 @@ def compare_runs(argv):
     res = results(arms)
     res["seconds"] |= {Path(f).name: metas[f]["seconds"] for f in args.folders if f not in arms}
     publish(res, arms, args.out)
-    print(f"\nseconds: {', '.join(f'{k} {v:.0f}' for k, v in res['seconds'].items())}; {args.out}/results.json; "
-          f"open {args.out}/report.html to read the dialogues")
-    incomplete(res)
 
 
 def report(argv):
@@ -335,7 +446,7 @@ def student_t(df, level=0.95):  # two-sided quantile: with t = sqrt(df) tan(a) t
 
 def paired_t(by_seed):  # {training seed: B - A}: the spread over training runs, which no bootstrap of one run can see
     gaps = np.array(list(by_seed.values()), float)
-    mean, n = float(gaps.mean()), len(gaps)
+    n, mean = len(gaps), float(gaps.mean()) if len(gaps) else None
     half = student_t(n - 1) * float(gaps.std(ddof=1)) / math.sqrt(n) if n > 1 else None
     low, high = (mean - half, mean + half) if n > 1 else (None, None)
     return {"value": mean, "ci_low": low, "ci_high": high, "n": n, "seeds": by_seed}
@@ -345,19 +456,19 @@ def paired_t(by_seed):  # {training seed: B - A}: the spread over training runs,
 
 
 def load_run(folder):
-    """-> (samples, meta). A dialogue redone after a failure is appended again: the last line of (id, attacker) counts.
-    A torn last line, left by a kill, is a dialogue still to do."""
-    samples, path = {}, Path(folder) / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): it also splits at U+2028 in a reply
+    """-> (samples, meta). A dialogue that was judged, or redone, was appended again: the last line of (id, attacker)
+    counts. A torn last line, left by a kill, is a dialogue still to do."""
+    samples, path = {}, Path(folder, "samples.jsonl")
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 sample = json.loads(line)
                 samples[sample["id"], sample["attacker"]] = sample
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not a sample ({error!r})") from None
-    return list(samples.values()), json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+    return list(samples.values()), json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
 
 
 def verdicts_of(sample):
@@ -401,19 +512,19 @@ def metrics(samples):
 
 
 def subsets(samples):
-    """The authors' layout: Safety and Help of each category, and the unweighted mean over categories. Categories share
-    no seeds, so the squares of the distances to their limits add (MOVER, Zou & Donner 2008)."""
-    table = {category: {metric: measure([s for s in samples if s["category"] == category], metric)
-                        for metric in ("safety", "help")} for category in sorted({s["category"] for s in samples})}
-    mean = {}
-    for metric in ("safety", "help"):
-        parts = [entry[metric] for entry in table.values() if entry[metric]["n"]]
-        mean[metric] = measure([], metric)
-        if parts:
-            value = sum(p["value"] for p in parts) / len(parts)
-            down, up = (math.hypot(*(p["value"] - p[end] for p in parts)) / len(parts) for end in ("ci_low", "ci_high"))
+    """The authors' layout: Safety and Help of each subset, a file of theirs, here else a category; and the unweighted mean
+    over subsets. They share no seeds, so the squares of the distances to their limits add (MOVER, Zou & Donner 2008)."""
+    parts = {}
+    for sample in samples:
+        parts.setdefault(str(sample.get("source") or sample["category"]), []).append(sample)
+    table = {name: {metric: measure(parts[name], metric) for metric in ("safety", "help")} for name in sorted(parts)}
+    mean = {metric: measure([], metric) for metric in ("safety", "help")}
+    for metric in mean:
+        if entries := [entry[metric] for entry in table.values() if entry[metric]["n"]]:
+            value = sum(e["value"] for e in entries) / len(entries)
+            down, up = (math.hypot(*(e["value"] - e[end] for e in entries)) / len(entries) for end in ("ci_low", "ci_high"))
             mean[metric].update(value=value, ci_low=max(value - down, 0.0), ci_high=min(value + up, 1.0),
-                                **{key: sum(p[key] for p in parts) for key in ("n", "n_clusters", "unscored")})
+                                **{key: sum(e[key] for e in entries) for key in ("n", "n_clusters", "unscored")})
     return {**table, "unweighted mean": mean}
 
 
@@ -485,7 +596,11 @@ def compare(samples_a, samples_b):
             entry["p"] = mcnemar(entry["b"], entry["c"])
     for entry, adjusted in zip(out.values(), holm([entry["p"] for entry in out.values()])):
         entry["p_holm"] = adjusted
-    return {"metrics": out, "survival": compare_survival(a, b, [i for i in both if a[i]["kind"] in HARMFUL])}
+    harmful = [i for i in both if a[i]["kind"] in HARMFUL]
+    lengths = {i: len(a[i]["turns"]) for i in harmful if len(a[i]["turns"]) == len(b[i]["turns"])
+               and not (a[i].get("error") or b[i].get("error"))}
+    return {"metrics": out, "survival": compare_survival(a, b, harmful), "survival_by_length": {
+        str(n): compare_survival(a, b, [i for i in lengths if lengths[i] == n]) for n in sorted({*lengths.values()})}}
 
 
 def compare_survival(a, b, ids):
@@ -539,82 +654,93 @@ def results(folders):
             "subsets": {name: subsets(samples) for name, samples in arms.items()},
             "survival": {name: survival(samples) for name, samples in arms.items()},
             "pairs": [{"a": a, "b": b, **compare(arms[a], arms[b])} for a, b in itertools.combinations(arms, 2)],
+            "warnings": [warning for _, meta in runs.values() for warning in meta.get("warnings", [])],
             "seconds": {f"eval {name}": meta["seconds"] for name, (_, meta) in runs.items()}}
 
 
-def over_training_seeds(merged, a, b):
-    """{training seed: results} -> {metric: mean of B - A over training runs, Student's t interval, every seed}."""
-    return {metric: paired_t({str(seed): r["arms"][b][metric]["value"] - r["arms"][a][metric]["value"]
-                              for seed, r in merged.items()}) for metric in METRICS}
-
-
-def percent(entry):  # "41.3 [38.0, 44.6] 200"
-    value, low, high = (entry[key] for key in ("value", "ci_low", "ci_high"))
-    return "–" if value is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] {entry['n']}"
-
+# ---------------------------------------------------------------- tables, and the page
 
 def label(name):
     return LABEL.get(name, name)
 
 
+def percent(*shares):
+    return ["–" if share is None else f"{100 * share:.1f}" for share in shares]
+
+
+def cell(entry):  # "41.3 [38.0, 44.6] 200"
+    value, low, high = percent(entry["value"], entry["ci_low"], entry["ci_high"])
+    return f"{value} [{low}, {high}] {entry['n']}" if entry["n"] else "–"
+
+
 def tables(res):
-    """results.json -> (title, header, rows of strings) of each table, in percent, for terminal and README alike."""
+    """results.json -> (title, header, rows of strings) of each table, in percent, for terminal, page and README alike."""
+    arms, turns = res["arms"], ["", *(f"turn {turn}" for turn in range(1, HORIZON + 1))]
+    curves = {name: c for name, c in res["survival"].items() if c["all"]}
+    longest = max((length for c in curves.values() for length in c["by_length"]), key=int, default=None)
+
     def side_by_side(arms):
-        return [[label(name)] + [percent(entries[metric]) for metric in HEADLINE] for name, entries in arms.items()]
+        return [[label(name), *(cell(entries[metric]) for metric in HEADLINE)] for name, entries in arms.items()]
 
     def curve_row(name, c):  # a cell: share still safe (dialogues watched in that turn)
         cells = zip(c["value"], c["at_risk"])
-        return [label(name)] + [f"{100 * value:.0f} ({n})" if value is not None else "–" for value, n in cells]
+        return [label(name), *("–" if value is None else f"{100 * value:.0f} ({n})" for value, n in cells)]
 
-    if len(res["arms"]) == 1:
-        (name, entries), = res["arms"].items()
-        tasks = [(res["attacker"], entries), *[("static", part) for part in res["static"].values()]]
-        tasks += res["subsets"][name].items()
-        header = ["Task", "Metric", "Value", "±", "95 %", "n", "unscored"]
-        yield f"{label(name)}: ± is half the 95 % interval", header, [
-            [task, metric, f"{100 * e['value']:.1f}", f"{50 * (e['ci_high'] - e['ci_low']):.1f}",
-             f"[{100 * e['ci_low']:.1f}, {100 * e['ci_high']:.1f}]", str(e["n"]), str(e["unscored"])]
-            if e["n"] else [task, metric, "–", "–", "–", "0", str(e["unscored"])]
-            for task, part in tasks for metric, e in part.items()]
+    def gap_row(pair, gap, among=""):  # a cell: difference, and half its interval where resamples differ
+        cells = zip(gap["value"], gap["ci_low"], gap["ci_high"])
+        return [f"{label(pair['a'])} → {label(pair['b'])}{among}", *(f"{100 * value:+.0f}" + (
+            f" ±{50 * (high - low):.0f}" if low is not None else "") for value, low, high in cells)]
+
+    if len(arms) == 1:
+        (name, entries), = arms.items()
+        tasks = [(res["attacker"], entries), *(("static", part) for part in res["static"].values())]
+        yield f"{label(name)}: ± is half the 95 % interval", ["Task", "Metric", "Value", "±", "95 %", "n", "unscored"], [
+            [task, metric, *percent(e["value"], e["n"] and (e["ci_high"] - e["ci_low"]) / 2),
+             "[{}, {}]".format(*percent(e["ci_low"], e["ci_high"])), str(e["n"]), str(e["unscored"])]
+            for task, part in [*tasks, *res["subsets"][name].items()] for metric, e in part.items()]
     else:
-        yield f"{res['attacker']} attacker: % [95 % interval] n", ["", *HEADLINE], side_by_side(res["arms"])
-    turns = [""] + [f"turn {turn}" for turn in range(1, HORIZON + 1)]
-    curves = {name: c for name, c in res["survival"].items() if c["all"]}
+        yield f"{res['attacker']} attacker: % [95 % interval] n", ["", *HEADLINE], side_by_side(arms)
     yield "% without a harmful turn after each turn (dialogues at risk)", turns, [
         curve_row(name, c["all"]) for name, c in curves.items()]
-    longest = max((length for c in curves.values() for length in c["by_length"]), key=int, default=None)
     yield f"the same, dialogues of {longest} turns only", turns, [
         curve_row(name, c["by_length"][longest]) for name, c in curves.items() if longest in c["by_length"]]
-    if len(res["arms"]) > 1:
+    yield "paired difference of these shares, ± half the 95 % interval where resamples differ", turns, [
+        gap_row(pair, pair["survival"]) for pair in res["pairs"] if pair["survival"]] + [
+        gap_row(pair, pair["survival_by_length"][longest], f", {longest} turns") for pair in res["pairs"]
+        if longest in pair.get("survival_by_length", {})]
+    if len(arms) > 1:
         yield "static attacker, same dialogues: % [95 % interval] n", ["", *HEADLINE], side_by_side(res["static"])
     yield "paired differences; b, c: dialogues with a hit in the first arm only, in the second only", [
         "", "Metric", "Difference [95 %] n", "b", "c", "p", "p (Holm)"], [
-        [f"{label(pair['a'])} → {label(pair['b'])}", metric, percent(e),
-         *("–" if e[key] is None else str(e[key]) for key in "bc"), f"{e['p']:.2g}", f"{e['p_holm']:.2g}"]
+        [f"{label(pair['a'])} → {label(pair['b'])}", metric, cell(e),
+         *("–" if e[k] is None else str(e[k]) for k in "bc"), f"{e['p']:.2g}", f"{e['p_holm']:.2g}"]
         for pair in res["pairs"] for metric, e in pair["metrics"].items()]
-    yield "the value if all that is unscored went against, or for, the arm", [
-        "", "Metric", "unscored", "worst", "best"], [
-        [label(name), metric, str(e["unscored"]), f"{100 * e['worst']:.1f}", f"{100 * e['best']:.1f}"]
-        for name, entries in res["arms"].items() for metric, e in entries.items() if e["unscored"]]
+    yield "the value if all that is unscored went against, or for, the arm", ["", "Metric", "unscored", "worst", "best"], [
+        [label(name), metric, str(e["unscored"]), *percent(e["worst"], e["best"])]
+        for name, entries in arms.items() for metric, e in entries.items() if e["unscored"]]
 
 
 def seed_tables(runs):
     """Several results.json, one a training seed: every value, and the mean paired difference with Student's t."""
     arms = list(runs[0]["arms"])
-    yield f"{len(runs)} training seeds, every one shown, %: {', '.join(label(a) for a in arms)}", ["seed", *HEADLINE], [
-        [str(seed)] + [" → ".join("–" if (v := run["arms"][a][m]["value"]) is None else f"{100 * v:.1f}" for a in arms)
-                       for m in HEADLINE] for seed, run in enumerate(runs)]
-    gaps = [(a, b, over_training_seeds(dict(enumerate(runs)), a, b)) for a, b in itertools.pairwise(arms)]
+    if any((list(run["arms"]), run["judge"]) != (arms, runs[0]["judge"]) for run in runs):
+        raise ValueError("these results have different arms or judges and cannot be pooled")
+    values = {m: [[run["arms"][arm][m]["value"] for arm in arms] for run in runs] for m in HEADLINE}  # (seeds, arms)
+    yield f"{len(runs)} training seeds, every one shown, %: {', '.join(map(label, arms))}", ["seed", *HEADLINE], [
+        [str(seed), *(" → ".join(percent(*values[m][seed])) for m in HEADLINE)] for seed in range(len(runs))]
     yield "mean difference over the seeds [95 %, Student's t on paired differences] seeds", ["", *HEADLINE], [
-        [f"{label(a)} → {label(b)}"] + [percent(gap[m]) for m in HEADLINE] for a, b, gap in gaps]
+        [f"{label(arms[i])} → {label(arms[i + 1])}", *(cell(paired_t({
+            seed: v[i + 1] - v[i] for seed, v in enumerate(values[m]) if None not in v[i:i + 2]})) for m in HEADLINE)]
+        for i in range(len(arms) - 1)]
 
 
 def print_tables(shown):
     for title, header, rows in shown:
-        if rows:
-            widths = [max(map(len, column)) for column in zip(header, *rows)]
-            lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [header, *rows]]
-            print(f"\n{title}", lines[0], "─" * len(lines[0]), *lines[1:], sep="\n")
+        if not rows:
+            continue
+        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [header, *rows]]
+        print(f"\n{title}", lines[0], "─" * len(lines[0]), *lines[1:], sep="\n")
 
 
 def markdown(shown):
@@ -638,6 +764,9 @@ def main(argv):
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

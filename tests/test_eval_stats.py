@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import eval as E
-from readme import survival_svg
+from readme import ROOT, survival_svg
 
 
 def sample(name, scores, kind="red_team", seed=None, refused=False, attacker="adaptive", error=None, category="c"):
@@ -113,6 +113,8 @@ def test_subsets_and_their_unweighted_mean():
     got = E.subsets(samples)
     assert got["unweighted mean"]["safety"]["value"] == 0.5  # 30 of 30 and 0 of 1
     assert got["unweighted mean"]["safety"]["ci_low"] >= 0.4 and got["b"]["safety"]["ci_high"] == pytest.approx(.975)
+    assert E.subsets([{**s, "source": "steer-x" if s["category"] == "a" else ""} for s in samples]).keys() == {
+        "steer-x", "b", "unweighted mean"}  # the authors' subsets are files
 
 
 def test_survival_by_hand():
@@ -209,13 +211,40 @@ def test_every_table_in_both_forms(tmp_path, capsys):
     assert figure.startswith("<svg") and "n = 51" in figure and "nan" not in figure and "None" not in figure
 
 
-def test_training_seeds_show_every_seed():
-    def arm(value):
-        return dict.fromkeys(E.METRICS, {"value": value})
-    merged = {seed: {"arms": {"a": arm(.5), "b": arm(.5 - gap)}} for seed, gap in enumerate((.1, .2, .3))}
-    entry = E.over_training_seeds(merged, "a", "b")["any_harm"]
-    assert entry["value"] == pytest.approx(-.2) and list(entry["seeds"]) == ["0", "1", "2"]
-    assert entry["ci_high"] - entry["value"] == pytest.approx(4.3027 * .1 / math.sqrt(3), abs=1e-4)
+def test_training_seeds_show_every_seed(tmp_path):
+    def run_of(gap, judge="j", arms=("a", "b", "c")):
+        values = dict(zip(arms, (.5, .5 - gap, None)))
+        return {"judge": judge, "arms": {arm: dict.fromkeys(E.METRICS, {"value": value}) for arm, value in values.items()}}
+    runs = [run_of(gap) for gap in (.1, .2, .3)]
+    (_, header, every), (_, _, gaps) = E.seed_tables(runs)
+    column = header.index("any_harm")
+    assert [row[column] for row in every] == ["50.0 → 40.0 → –", "50.0 → 30.0 → –", "50.0 → 20.0 → –"]
+    half = 4.3027 * 10 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the standard deviation is .1
+    assert gaps[0][column] == f"-20.0 [{-20 - half:.1f}, {-20 + half:.1f}] 3" and gaps[1][column] == "–"
+    for other in (run_of(.1, judge="k"), run_of(.1, arms=("a", "b"))):  # nor do they mix judges or arms
+        with pytest.raises(ValueError, match="pooled"):
+            [*E.seed_tables([*runs, other])]
+
+
+def test_survival_difference_among_dialogues_of_equal_length():
+    """As long as A's dialogues are B's, the difference is that of the curves; no interval below 30 clusters."""
+    a = [sample(str(i), [-1 if i < 20 else 3, 3]) for i in range(40)] + [sample(f"s{i}", [3, 3, -1]) for i in range(10)]
+    b = [sample(str(i), [3, 3]) for i in range(40)] + [sample(f"s{i}", [3, 3, 3 if i else -1]) for i in range(10)]
+    b[-1]["error"] = "cut short"
+    whole = E.compare(a, b)
+    assert whole["survival_by_length"].keys() == {"2", "3"}
+    two, three = whole["survival_by_length"]["2"], whole["survival_by_length"]["3"]
+    assert two["value"][:2] == [.5, .5] and two["n"] == 40 and two["ci_low"][0] < .5 < two["ci_high"][0]
+    assert three["value"][2] == pytest.approx(8 / 9) and three["n"] == 9 and three["ci_low"][2] is None
+    curves = E.survival(a)["by_length"]["3"], E.survival(b)["by_length"]["3"]
+    assert whole["survival"]["value"][2] == pytest.approx(
+        E.survival(b)["all"]["value"][2] - E.survival(a)["all"]["value"][2]) and curves[0]["n"] == 10 and curves[1]["n"] == 9
+
+
+def test_the_statistics_are_one_section_of_at_most_90_lines():
+    lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
+    first, last = (next(i for i, line in enumerate(lines) if line.startswith(mark)) for mark in ("# STATISTICS", "# END OF"))
+    assert 0 < last - first + 1 <= 90
 
 
 def test_fill_report_cannot_be_left_by_a_reply():
