@@ -1,4 +1,6 @@
 """report.html in a real browser: hostile data stay text, 3,000 dialogues open within 3 s, every view draws itself."""
+import html
+import json
 import random
 import re
 import shutil
@@ -16,6 +18,7 @@ HOSTILE = ("<img src=x onerror=\"document.title='PWNED'\"></script><script>docum
            "<!--<script>\u2028${document.title='PWNED'}javascript:alert(1)")
 PIXEL = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU"
          "5ErkJggg==")
+HALVES = [.005, .015, .125, .375, .985, .4925]  # a half goes to the even neighbour, in Python and so on the page
 
 
 def test_the_template_is_one_small_page_without_requests():
@@ -53,8 +56,9 @@ def filled(path, samples, title="A report", script=""):
                "arms": {arm: E.metrics(part) for arm, part in arms.items()},
                "survival": {arm: E.survival(part) for arm, part in arms.items()},
                "pairs": [{"a": "base", "b": "grpo", **E.compare(arms["base"], arms["grpo"])}]}
-    page = E.fill_report((ROOT / "report.html").read_text(encoding="utf-8"),
-                         {"title": title, "results": results, "samples": samples, "images": {"images/a.png": PIXEL}})
+    results["warnings"] = ["the judge trained it"]
+    page = E.fill_report((ROOT / "report.html").read_text(encoding="utf-8"), {
+        "title": title, "results": results, "tables": [*E.tables(results)], "samples": samples, "images": {"images/a.png": PIXEL}})
     path.write_text(page.replace("</body>", f'<script nonce="report">{script}</script></body>'), encoding="utf-8")
     return path
 
@@ -103,16 +107,30 @@ def test_3000_dialogues_open_within_3_seconds_and_every_control_works(tmp_path):
       choose(3, "benign"); log.push(["none", text("#list .pager span"), text("#detail")]);
       const among = document.querySelector("#survival select");
       among.value = "6"; among.dispatchEvent(new Event("change"));
-      log.push(["curves", $$("#survival g").length, $$("#plane circle").length, $$("#tables table").length]);
+      log.push(["curves", $$("#survival g").length, $$("#plane circle").length, $$("#tables .card table").length]);
+      log.push(["halves", ...HALVES.map(pct), document.querySelector("#warnings").innerText]);
+      $$("details").forEach(node => node.open = true);
+      const widths = $$("figure").map(node => node.getBoundingClientRect().width);
+      log.push(["even", widths[0] === widths[1], document.documentElement.scrollWidth <= innerWidth]);
+      log.push(["cells", $$("#tables tbody tr").map(row => [...row.children].map(cell => cell.textContent).join("|"))]);
       const said = {id: "log", textContent: JSON.stringify(log)};
       document.body.append(Object.assign(document.createElement("pre"), said)); }
     """
-    dom, seconds = browse(filled(tmp_path / "r.html", samples, script=script), tmp_path)
+    page = filled(tmp_path / "r.html", samples, script=script.replace("HALVES", json.dumps(HALVES)))
+    dom, seconds = browse(page, tmp_path)
     log = re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)
     assert log, dom[-2000:]
-    print(log[1], f"browser started, drew and closed in {seconds:.1f} s")
+    log = {name: values for name, *values in json.loads(html.unescape(log[1]))}
+    print(log["opened"], f"browser started, drew and closed in {seconds:.1f} s")
+    log["cells"][0].sort()
+    assert log.pop("opened")[0] is True
+    results = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(), re.S)[1])["results"]
+    shown = [(header, rows) for _, header, rows in E.tables(results) if rows]
     harmful = sum(s["arm"] == "base" and E.outcome(s, "any_harm")[0] for s in samples)
-    for part in ('"opened",true', '"rows",50,"1–50 of 1000"', '"columns",2,12', f'"harmful","1–50 of {harmful}",true',
-                 '"next",true', '"focus",true', '"none","none match","No dialogue matches these filters."',
-                 '"curves",3,3,2'):
-        assert part in log[1], (part, log[1])
+    assert log == {
+        "rows": [50, "1–50 of 1000"], "columns": [2, 12], "harmful": [f"1–50 of {harmful}", True], "next": [True],
+        "focus": [True], "none": ["none match", "No dialogue matches these filters."], "curves": [3, 3, len(shown)],
+        "halves": [*(f"{100 * x:.0f}" for x in HALVES), "Warning: the judge trained it."], "even": [True, True],
+        # the digits of the terminal
+        "cells": [sorted("|".join(re.sub(r"^(\S+) (\[.*\]) (\d+)$", r"\1\2n \3", cell) if "any_harm" in header else cell
+                            for cell in row) for header, rows in shown for row in rows)]}
