@@ -23,7 +23,8 @@ came, counts, lock = collections.Counter(), collections.Counter(), threading.Loc
 
 
 def student(messages):
-    """The next turn of a chat: about half the time, as a hash of it has it, what the rules would answer, else a refusal."""
+    """The next turn of a chat: about half the time, as a hash of it has it, what the rules would answer, else a refusal
+    that ends in half an emoji."""
     users = [m["content"] for m in messages if m["role"] == "user"]
     url, = [p["image_url"]["url"] for parts in users for p in parts if p["type"] == "image_url"]
     user = " ".join(p["text"] for p in users[-1] if p["type"] == "text")
@@ -31,7 +32,7 @@ def student(messages):
     scene = toy.look(base64.b64decode(url.split(",")[1]))
     told = toy.answer(toy.read_form(user), user, scene, toy.said_so_far(turns))
     rng = random.Random(json.dumps(messages))
-    return toy.reply(scene, rng.choice([told, toy.STOP + toy.ENDS[1].format(alt=toy.SAFE[scene[0]]) + " ünd “so”"]))
+    return toy.reply(scene, rng.choice([told, toy.STOP + toy.ENDS[1].format(alt=toy.SAFE[scene[0]]) + " ünd “so” \ud83d"]))
 
 
 class Faulty(toy.Chat):
