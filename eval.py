@@ -96,26 +96,31 @@ def local_student(args):
 def served_student(ask, max_new):
     """-> the same play over a chat endpoint: a concurrent call a turn for all dialogues, each picture in the message it
     belongs to. A dialogue whose call fails is cut short there."""
-    from synth import user_turns
+    from synth import text_of, user_turns
+
+    def plain(text):  # the server's tokenizer would read "<|im_end|>" as the control token
+        return text.replace("<|", "< |")
 
     def message(dialogue, content, paths):
         parts, paths = [{"type": "text", "text": content}] if isinstance(content, str) else content, iter(paths)
         return {"role": "user", "content": [judge.image_part(picture(dialogue, next(paths))) if p["type"] == "image" else
-                                            {"type": "text", "text": p["text"]} for p in parts]}
+                                            {"type": "text", "text": plain(p["text"])} for p in parts]}
 
     def play(dialogues, respond):
         talks = [SimpleNamespace(dialogue=d, turns=[], cut=False, messages=[
-            m for m in d["messages"][:1] if m["role"] == "system"]) for d in dialogues]
+            {"role": "system", "content": plain(text_of(m["content"]))} for m in d["messages"][:1] if m["role"] == "system"])
+            for d in dialogues]
         going = [(talk, (*user_turns(talk.dialogue)[0], "scripted")) for talk in talks]
         while going:
             for talk, (content, paths, _) in going:
                 talk.messages.append(message(talk.dialogue, content, paths))
             replies = ask([{"messages": talk.messages, "max_tokens": max_new} for talk, _ in going])
-            for (talk, (_, _, strategy)), reply in zip(going, replies):
-                user = " ".join(p["text"] for p in talk.messages[-1]["content"] if p["type"] == "text")
-                talk.messages.append({"role": "assistant", "content": reply})
-                talk.turns += [{"user": user, "strategy": strategy, "assistant": reply}] * (reply is not None)
-                talk.cut = reply is None
+            for (talk, (content, _, strategy)), reply in zip(going, replies):
+                if reply is None:
+                    talk.cut = True
+                    continue
+                talk.messages.append({"role": "assistant", "content": plain(reply)})
+                talk.turns.append({"user": text_of(content), "strategy": strategy, "assistant": reply})
             active = [talk for talk, _ in going if not talk.cut]
             going = [(talk, turn) for talk, turn in zip(active, respond(active)) if turn]
         return talks

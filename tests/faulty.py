@@ -1,6 +1,6 @@
-"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S]
-[--answers JSON]`. What goes wrong is a function of the request and of how often it came, so a run can be repeated. It also plays a student, to a chat
-without a role of toy.py. Its first line is its address."""
+"""toy.py's server, misbehaving: `python tests/faulty.py SHARE [--no_schema] [--status N] [--busy S] [--answers JSON]`.
+What goes wrong is a function of the request and of how often it came, so a run can be repeated. It also plays a
+student, to a chat without a role of toy.py. Its first line is its address."""
 import argparse
 import base64
 import collections

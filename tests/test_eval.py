@@ -14,6 +14,7 @@ import eval as E
 import judge
 import synth
 import toy
+from conftest import HOSTILE
 from faulty import student
 from readme import ROOT
 from test_backends import dead_url, faulty
@@ -71,7 +72,7 @@ def test_every_picture_is_in_the_message_it_belongs_to(mixed):
 
     def ask(requests):
         asked.append(json.loads(json.dumps(requests)))
-        return [f"reply {len(r['messages'])}" for r in requests]
+        return [f"reply {len(r['messages'])}" + HOSTILE * ("<" in str(r)) for r in requests]
     talks = E.served_student(ask, 7)(mixed, E.respond_with(None, []))
     assert [len(t.turns) for t in talks] == [len(synth.user_turns(d)) for d in mixed]
     assert [len(requests) for requests in asked] == [5, 5, 2, 1]  # abreast, those that still go on
@@ -83,9 +84,9 @@ def test_every_picture_is_in_the_message_it_belongs_to(mixed):
     assert [p["type"] for p in second] == ["image_url", "text", "image_url", "text"]
     pngs = [judge.image_part(synth.image_png(path)) for path in mixed[3]["images"]]
     assert [second[0], second[2]] == pngs and pngs[0] != pngs[1]
-    assert {m["content"] for r in asked[0] for m in r["messages"] if m["role"] == "system"} == {
-        d["messages"][0]["content"] for d in mixed if d["messages"][0]["role"] == "system"}
-    user = "a picture that comes late   and another"
+    assert "be kind , it 's all ." in [m["content"] for r in asked[0] for m in r["messages"] if m["role"] == "system"]
+    assert "<|" not in json.dumps(asked) and HOSTILE in [turn["user"] for turn in talks[4].turns]  # trap 7
+    user = "a picture that comes late  and another"
     assert talks[3].turns[1] == {"user": user, "strategy": "scripted", "assistant": "reply 3"}
 
 
