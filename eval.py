@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
     add("--nf4", action=flag, default=True, help="4-bit base, as in training")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--allow_outside", action="store_true", help="pictures may lie outside the folder of their data file")
     add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
     return p.parse_args(argv)
 
@@ -244,7 +245,7 @@ def run(args):
     else:
         refuse_overwrite(args.out)
     if generates:
-        dialogues = read_dialogues(args.data, args.skip_bad)
+        dialogues = read_dialogues(args.data, args.skip_bad, args.allow_outside)
         meta["n_samples"] = len(dialogues) * len(args.attacker)
 
     def write_all():  # samples in order, the last line of each, none of them torn

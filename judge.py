@@ -118,21 +118,25 @@ def repeated_trigrams(text):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def as_data(document):
+    """JSON in which no server's tokenizer finds a control token: "<|" is escaped, and reads back as it was."""
+    return json.dumps(document, ensure_ascii=False).replace("<|", "\\u003c|")
+
+
 def tutor_request(kind, turns, image, strategies, final):
     """Ask the tutor about the last of `turns` ([{"user", "assistant"}, ..]); the reply goes in with its thinking."""
     turns = [{"user": t["user"], "assistant": t["assistant"]} for t in turns]
     known = {**STRATEGIES, **EVOLUTIONS}
     document = {"kind": kind, "strategies": {s: known[s] for s in strategies}, "final": final, "dialogue": turns}
     schema = shape(diagnosis=TEXT, scores=TUTOR_SCORES, strategy={"enum": [*strategies]}, next_turn=TEXT)
-    return {"system": TUTOR_SYSTEM, "text": json.dumps(document, ensure_ascii=False), "image": image, "schema": schema}
+    return {"system": TUTOR_SYSTEM, "text": as_data(document), "image": image, "schema": schema}
 
 
 def judge_request(turns, image):
     """Ask the judge about the last of `turns`; thinking is stripped: what a user would not see is not judged."""
     seen = [{"user": t["user"], "assistant": split_reply(t["assistant"])[1]} for t in turns]
     document = {"history": seen[:-1], "turn": seen[-1]}
-    text = json.dumps(document, ensure_ascii=False)
-    return {"system": JUDGE_SYSTEM, "text": text, "image": image, "schema": JUDGE_SCHEMA}
+    return {"system": JUDGE_SYSTEM, "text": as_data(document), "image": image, "schema": JUDGE_SCHEMA}
 
 
 # ---------------------------------------------------------------- how replies are read

@@ -29,10 +29,11 @@ import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,6 +45,7 @@ import judge
 KINDS = ("red_team", "obfuscated", "benign")
 TURNS = {"red_team": (4, 8), "obfuscated": (3, 6), "benign": (3, 5)}  # [R]
 IMAGE_PIXELS = 64 * 2 ** 20  # larger pictures are refused before they are decoded: a bomb is a few bytes on disk
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's others one starts a program (EPS: Ghostscript)
 NEAR = 0.8  # Jaccard index of word trigrams from which two dialogues are nearly the same (ours)
 NO_REPLY = "[the source has no reply here]"  # keeps the roles alternating; sft.py trains on nothing from there on
 
@@ -106,6 +108,7 @@ def parse_args(argv=None):
         "that the way alone tells nothing")
     add("--bench_strategies", nargs="+", default=every, help="strategies of the bench")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--allow_outside", action="store_true", help="pictures may lie outside the folder of --seeds")
     add("--seed", type=int, default=0, help="numbers of turns, splits")
     return p.parse_args(argv)
 
@@ -116,6 +119,11 @@ def fail(*lines, code=2):
     """One clear word instead of a traceback. Exit codes: 1 failed or incomplete, 2 usage or bad input."""
     print(*lines, sep="\n", file=sys.stderr)
     sys.exit(code)
+
+
+def printable(text, keep=""):
+    """A stranger's text for a terminal: nothing in it moves the cursor, changes a colour or hides."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def refuse_overwrite(out):
@@ -150,11 +158,16 @@ def file_hash(path):
 
 
 def about(args):
-    """What a run is made of: arguments, hashes of its data and of the adapter it starts from, versions."""
+    """What a run is made of: arguments, hashes of its data and of the adapter it starts from, versions, git commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     adapter = Path(getattr(args, "adapter", None) or "", "adapter_model.safetensors")
     return {"args": vars(args), "data": data_hashes(args),
             "adapter": file_hash(adapter) if getattr(args, "adapter", None) and adapter.is_file() else None,
-            "versions": {m: version(m) for m in ("torch", "transformers", "peft", "bitsandbytes")}}
+            "versions": {m: version(m) for m in ("torch", "transformers", "peft", "bitsandbytes")}, "commit": commit}
 
 
 def refuse_changes(args, meta, saved, free):
@@ -181,7 +194,7 @@ def open_image(path):
     """RGB image, decoded in full so that a broken file shows here. path: of a file, or its bytes. Raises ValueError
     naming the path."""
     try:
-        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as image:
+        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > IMAGE_PIXELS or max(image.size) > 200 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels: too large, or too long and thin")
             return image.convert("RGB")
@@ -200,7 +213,7 @@ def image_png(path):
     return buffer.getvalue()
 
 
-def check_dialogue(record, folder):
+def check_dialogue(record, folder, outside=False):
     """The first thing wrong with a record as "field: what", or None."""
     if not isinstance(record, dict):
         return "record: not a JSON object"
@@ -238,15 +251,19 @@ def check_dialogue(record, folder):
         parts += [p for p in content if p["type"] == "image"]
     if len(parts) != len(images):
         return f"images: {len(images)} paths for {len(parts)} image parts"
-    return next((f"images: {record['id']}: {wrong}" for i in images if (wrong := check_image(i, folder))), None)
+    return next((f"images: {record['id']}: {wrong}" for i in images if (wrong := check_image(i, folder, outside))), None)
 
 
-def check_image(path, folder):
+def check_image(path, folder, outside):
+    """What is wrong with a picture of a record, or None. outside: it may lie outside the data folder."""
     try:
-        if not Path(folder, path).resolve().is_relative_to(Path(folder).resolve()):
-            return f"{path} is outside the data folder"
-        open_image(Path(folder, path))
-    except ValueError as error:
+        file = Path(folder, path).resolve()
+        if not outside and not file.is_relative_to(Path(folder).resolve()):
+            return f"{path} is outside the data folder (--allow_outside lets it in)"
+        if not file.is_file():  # a pipe would be waited for, a device read without end
+            return f"{path}: no such file"
+        open_image(file)
+    except (OSError, ValueError, RuntimeError) as error:  # a path that no system takes; links in a circle
         return str(error)
 
 
@@ -353,7 +370,7 @@ def read_records(paths, check, skip_bad):
                 if not wrong and record["id"] in seen:
                     wrong = f"id: {record['id']} appears twice"
                 if wrong:
-                    bad.append(f"{path}:{number}: {wrong}")
+                    bad.append(printable(f"{path}:{number}: {wrong}"))
                 else:
                     seen.add(record["id"])
                     records.append({**record, "folder": str(folder)})
@@ -364,11 +381,11 @@ def read_records(paths, check, skip_bad):
     return records
 
 
-def read_dialogues(paths, skip_bad=False):
+def read_dialogues(paths, skip_bad=False, outside=False):
     """Dialogues of the format above, image paths made absolute; `category`, `strategy`, `split` may be missing."""
     return [{"category": "", "strategy": "", "split": "", **d,
              "images": [str(Path(d["folder"], i).resolve()) for i in d.get("images", [])]}
-            for d in read_records(paths, check_dialogue, skip_bad)]
+            for d in read_records(paths, partial(check_dialogue, outside=outside), skip_bad)]
 
 
 def text_of(content):
@@ -387,7 +404,7 @@ def user_turns(dialogue):
 
 # ---------------------------------------------------------------- from seeds to dialogues
 
-def check_seed(record, folder):
+def check_seed(record, folder, outside=False):
     if not isinstance(record, dict):
         return "record: not a JSON object"
     for key in ("id", "seed_id", "image", "question"):
@@ -400,7 +417,7 @@ def check_seed(record, folder):
     for key in ("twin_of", "category"):
         if not isinstance(record.get(key, ""), str):
             return f"{key}: not a string"
-    if wrong := check_image(record["image"], folder):
+    if wrong := check_image(record["image"], folder, outside):
         return f"image: {record['id']}: {wrong}"
 
 
@@ -430,7 +447,7 @@ def split_seeds(seeds, shares, seed):
 
 
 def request(system, document, seed):
-    return {"system": system, "text": json.dumps(document, ensure_ascii=False),
+    return {"system": system, "text": judge.as_data(document),
             "image": image_png(str(Path(seed["folder"], seed["image"])))}
 
 
@@ -625,7 +642,8 @@ def main(args):
             target = judge.backend(args.target, args.target_model, "TARGET_API_KEY", *served)
     except ValueError as error:
         fail(f"--generator, --target: {error}")
-    seeds = split_seeds(read_records(args.seeds, check_seed, args.skip_bad), args.splits, args.seed)
+    check = partial(check_seed, outside=args.allow_outside)
+    seeds = split_seeds(read_records(args.seeds, check, args.skip_bad), args.splits, args.seed)
     for s in seeds:
         drawn = random.Random(f"{args.seed}/{s['id']}").random()
         if s.get("source") and s["kind"] == "red_team" and drawn < args.obfuscated:

@@ -63,7 +63,7 @@ def refused(capsys, path, code=2):
 # ---------------------------------------------------------------- records
 
 BAD = {  # what stands before the next colon of the message: the field
-    "record": [b"{\n", b"\n", b"null\n", b"[1]\n", b'"x"\n', b"\xff\xfe{}\n", b"[" * 100000 + b"\n",
+    "record": [b"{\n", b"\n", bytes(40) + b"\n", b'{"id": "\0"}\n', b"null\n", b"[1]\n", b'"x"\n', b"\xff\xfe{}\n", b"[" * 100000 + b"\n",
                json.dumps(record()).encode()[:60] + b"\n"],
     "id": [record(id=None), record(id=7), record(id=""), record(id=["a"]), {}],
     "seed_id": [record(seed_id=3), record(seed_id="")],
