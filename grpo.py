@@ -13,7 +13,8 @@ is missing, not 0; one on-policy update per batch of rollouts by default (theirs
     python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/synth/rl.jsonl \\
                    --tutor http://localhost:8000/v1 --tutor_model NAME --out out/grpo    # one GPU; the 7B by its name
 
-Writes the adapter as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its scores).
+Writes adapter and checkpoints as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its
+scores and advantages).
 Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.
 """
 
@@ -24,7 +25,6 @@ import math
 import random
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import judge
 import tcsr
-from sft import (Row, add_lora, add_user, encode_images, hidden_states, load_adapter, load_student, micro_batches,
-                 mrope_positions, policy_logits, reply_logps, save_adapter, use_adapter)
-from synth import fail, image_png, read_dialogues, refuse_overwrite, user_turns, write_meta
+from sft import (Row, add_lora, add_user, begin, encode_images, hidden_states, load_adapter, load_student, micro_batches,
+                 mrope_positions, open_run, policy_logits, reply_logps, save_adapter, save_checkpoint, show_trained,
+                 step_or_skip, steps_left, use_adapter, write_line)
+from synth import fail, image_png, read_dialogues, user_turns, write_meta
 from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
 
 
@@ -76,7 +77,11 @@ def parse_args(argv=None):
     add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
     add("--nf4", action=flag, default=True, help="4-bit base (QLoRA)")
     add("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third more time")
+    add("--save_every", type=int, default=10, help="steps between two checkpoints; the last two are kept (ours)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--allow_changes", action="store_true", help="resume although arguments or data are not those it began with")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--allow_outside", action="store_true", help="pictures may lie outside the folder of their data file")
     add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
     add("--seed", type=int, default=0, help="order of the data, sampling noise")
     return p.parse_args(argv)
@@ -320,7 +325,7 @@ def update(student, talks, adv, images, args, optimizer):
 
     Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither
    . Rollouts of dead groups carry no signal and would only dilute the mean: they are left out.
-    -> dict of averages over tokens."""
+    -> dict of averages over tokens; grad_norm is the largest, skipped counts updates that sft.step_or_skip left out."""
     live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
     per = (args.prompts_per_update or args.prompts) * args.group
     updates = [u for i in range(0, len(talks), per) if (u := [n for n in live if i <= n < i + per])]
@@ -339,10 +344,10 @@ def update(student, talks, adv, images, args, optimizer):
         batches = [[u[i] for i in b] for b in micro_batches([talks[n] for n in u], args.micro_tokens)]
         work.append([(b, scores(b, "reference") if args.beta else None,
                       scores(b, "policy") if len(updates) > 1 else None) for b in batches])
-    stats = dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch", "grad_norm"), 0.0)
+    stats = {**dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch", "grad_norm"), 0.0), "skipped": 0}
     total = sum(map(len, said.values()))
     for batches in work:
-        tokens = sum(len(said[n]) for batch, _, _ in batches for n in batch)
+        tokens, value = sum(len(said[n]) for batch, _, _ in batches for n in batch), 0.0
         for batch, ref, old in batches:
             logps, entropy = reply_logps(student, [talks[n] for n in batch], images, args.temperature)
             sampled = torch.tensor([p for n in batch for p in talks[n].logps], device=logps.device)
@@ -350,13 +355,13 @@ def update(student, talks, adv, images, args, optimizer):
             loss, k3, clipped = policy_loss(logps, logps.detach() if old is None else old,
                                             logps.detach() if ref is None else ref, a, args.beta, args.clip)
             (loss.sum() / tokens).backward()
+            value += loss.sum().item() / tokens
             for key, x in (("loss", loss), ("kl", k3), ("clip", clipped), ("entropy", entropy),
                            ("mismatch", (logps - sampled).abs())):
                 stats[key] += x.sum().item() / total
-        params = optimizer.param_groups[0]["params"]
-        stats["grad_norm"] = max(stats["grad_norm"], torch.nn.utils.clip_grad_norm_(params, 1.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
+        norm, skipped = step_or_skip(optimizer, value)
+        stats["grad_norm"] = np.maximum(stats["grad_norm"], norm).item()  # NaN stays NaN
+        stats["skipped"] += skipped
     return stats
 
 
@@ -383,26 +388,42 @@ def reward_table(talks, group):
     return rewards, mask
 
 
-def summary(talks, diagnostics):
+def summary(talks, diagnostics, returns, group):
     """What the log says of the rollouts of a step. harm: turns of harmful dialogues that the tutor scored 4 or less for
-    safety; over_refusal: turns of benign ones with usefulness 1."""
+    safety; over_refusal: turns of benign ones with usefulness 1; tcsr: mean of returns (B, G), the r~_T; length: tokens
+    a reply; distinct: different pairs of words over all pairs, in one rollout a prompt (distinct-2, Li et al. 2016)."""
     turns = [(t.dialogue["kind"] == "benign", i, turn) for t in talks for i, turn in enumerate(t.turns)]
     judged = [(benign, turn) for benign, _, turn in turns if turn["reward"] is not None]
+    words = [turn["assistant"].split() for t in talks[::group] for turn in t.turns]
+    pairs, tokens = [pair for reply in words for pair in zip(reply, reply[1:])], sum(len(t.logps) for t in talks)
     mean = lambda xs: float(np.mean(xs)) if xs else math.nan
     return {"reward": mean([turn["reward"] for _, turn in judged]),
             "reward_std": float(np.std([turn["reward"] for _, turn in judged] or [math.nan])),
+            "tcsr": mean(returns[~np.isnan(returns)].tolist()),
             "harm": mean([turn["safety"] <= 4 for benign, turn in judged if not benign]),
             "useful": mean([turn["usefulness"] for benign, turn in judged if benign]),
             "over_refusal": mean([turn["usefulness"] == 1 for benign, turn in judged if benign]),
             "dead": diagnostics["dead_groups"], "missing": diagnostics["missing_turns"],
             "fallback": mean([turn["strategy"] == "scripted" for _, i, turn in turns if i]),
-            "turns": mean([len(t.turns) for t in talks]), "tokens": sum(len(t.logps) for t in talks),
+            "turns": mean([len(t.turns) for t in talks]), "tokens": tokens, "length": tokens / max(1, len(turns)),
+            "distinct": len(set(pairs)) / len(pairs) if pairs else math.nan,
             "truncated": mean([turn["truncated"] for *_, turn in turns]), "cut": mean([t.cut for t in talks])}
 
 
-LINE = ("step {step:4} | reward {reward:.3f}±{reward_std:.2f} | harm {harm:.2f} | benign: useful {useful:.1f}, refused "
-        "{over_refusal:.2f} | dead {dead:.2f} | kl {kl:.4f} | clip {clip:.2f} | ent {entropy:.2f} | turns {turns:.1f} | "
-        "missing {missing:.2f} | {seconds_rollout:.1f} + {seconds_update:.1f} s")
+LINE = ("step {step:4} | reward {reward:.3f}±{reward_std:.2f}, tcsr {tcsr:.3f} | harm {harm:.2f} | benign: useful "
+        "{useful:.1f}, refused {over_refusal:.2f} | dead {dead:.2f}, missing {missing:.2f}, fallback {fallback:.2f} | "
+        "loss {loss:.3f}, kl {kl:.4f}, clip {clip:.2f}, ent {entropy:.2f}, grad {grad_norm:.2f} | {turns:.1f} turns, "
+        "{tokens} tokens | {seconds_generate:.1f} + {seconds_tutor:.1f} + {seconds_update:.1f} s, {memory:.1f} GB, "
+        "{minutes_left:.1f} min left")
+
+
+def warnings(line):
+    """What a healthy run does not do, in words. The thresholds are ours: the toy's runs stay far from them, a policy with
+    one reply for everything, or one that refuses everything, crosses them."""
+    signs = {"replies alike": line["distinct"] < 0.1, "benign refused": line["over_refusal"] > 0.3,
+             "replies short": line["length"] < 8, "replies cut off": line["truncated"] > 0.3,
+             "update skipped": line["skipped"] > 0}
+    return [sign for sign, seen in signs.items() if seen]
 
 
 def load_policy(args):
@@ -422,27 +443,38 @@ def load_policy(args):
 
 def train_step(step, batch, student, dense, optimizer, ask, args):
     """Rollouts, advantages, update. batch: B dialogues. -> (log line, talks, advantages (N, T))"""
-    begun = time.time()
+    begun, in_tutor, respond = time.time(), [], tutor_turn(ask, args)
+
+    def timed(talks):
+        at = time.time()
+        said = respond(talks)
+        in_tutor.append(time.time() - at)
+        return said
     batch = [d for d in batch for _ in range(args.group)]  # (N,), the G rollouts of a prompt side by side
     keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
     images = encode_images(student, [path for d in batch for path in d["images"]])
     if dense:
         fold(student, dense)
-    talks = rollout(student, batch, keys, tutor_turn(ask, args), args, images, dense)
+    talks = rollout(student, batch, keys, timed, args, images, dense)
     if not any(t.turns for t in talks):
         fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
     rolled = time.time()
-    adv, diagnostics = tcsr.advantages(*reward_table(talks, args.group), alpha=args.alpha, how=args.credit)
+    rewards, mask = reward_table(talks, args.group)
+    returns = tcsr.credit(tcsr.tcsr(rewards, args.alpha, mask), mask)[..., 0]  # (B, G)
+    adv, diagnostics = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit)
     adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
     stats = update(student, talks, adv, images, args, optimizer)
-    return {"step": step, **summary(talks, diagnostics), **stats, "seconds_rollout": rolled - begun,
-            "seconds_update": time.time() - rolled}, talks, adv
+    line = {"step": step, **summary(talks, diagnostics, returns, args.group), **stats,
+            "seconds_generate": rolled - begun - sum(in_tutor), "seconds_tutor": sum(in_tutor),
+            "seconds_update": time.time() - rolled}
+    return {**line, "warnings": warnings(line)}, talks, adv
 
 
 def main(args):
     for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("prompts_per_update", args.prompts_per_update >= 0),
                      ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1), ("epochs", args.epochs > 0),
-                     ("max_turns", args.max_turns > 0), ("max_new", args.max_new > 0)):
+                     ("max_turns", args.max_turns > 0), ("max_new", args.max_new > 0),
+                     ("save_every", args.save_every > 0)):
         if not ok:
             fail(f"--{flag} {getattr(args, flag)}: out of range")
     if args.threads:
@@ -454,10 +486,10 @@ def main(args):
     except ValueError as error:
         fail(f"--tutor: {error}")
     started = time.time()
-    dialogues = read_dialogues(args.data, args.skip_bad)
+    dialogues = read_dialogues(args.data, args.skip_bad, args.allow_outside)
     if len(dialogues) < args.prompts:
         fail(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
-    refuse_overwrite(args.out)
+    run = open_run(args, started, ["log.jsonl", "rollouts.jsonl"])
     torch.manual_seed(args.seed)
     try:
         student = load_policy(args)
@@ -466,26 +498,36 @@ def main(args):
     dense = dense_copy(student) if args.rollout_weights == "dense" else None
     optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
 
+    begin(run, student, optimizer)
     per_epoch = len(dialogues) // args.prompts
-    steps = max(1, round(args.epochs * per_epoch))
-    with open(Path(args.out, "log.jsonl"), "w") as log, open(Path(args.out, "rollouts.jsonl"), "w") as book:
-        for step in tqdm(range(steps), "grpo", mininterval=1, disable=None):
-            at = step % per_epoch * args.prompts
-            batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
+    steps, book = max(1, round(args.epochs * per_epoch)), run.logs["rollouts.jsonl"]
+    for step in steps_left(run, steps):
+        at = step % per_epoch * args.prompts
+        batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
+        try:
             line, talks, adv = train_step(step, batch, student, dense, optimizer, ask, args)
-            log.write(json.dumps(line) + "\n")
-            for n, talk in enumerate(talks):
-                turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
-                book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group, "kind":
-                                       talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
-            log.flush(), book.flush()
-            tqdm.write(LINE.format(**line))
+        except judge.BackendError as error:  # during the rollout: nothing has been learned of this step
+            save_checkpoint(run)
+            fail(f"{error}; --resume goes on from {run.checkpoint}", code=1)
+        if step == 0:
+            shown = [show_trained(student, talk) for talk in talks[::args.group]]
+            print("first batch, one rollout a prompt, trained tokens in brackets:", *shown, sep="\n\n")
+        for n, talk in enumerate(talks):
+            turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
+            book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group, "kind":
+                                   talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
+        book.flush()
+        line = write_line(run, line, steps)
+        tqdm.write(LINE.format(**line) + " | ! " * bool(line["warnings"]) + ", ".join(line["warnings"]))
     save_adapter(student, args.out)
-    write_meta(args, started, step=steps, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model))
+    write_meta(args, run.started, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model), **run.meta)
     print(f"adapter in {args.out}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted before the first step", code=130)

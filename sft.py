@@ -9,16 +9,21 @@ lm_head keep their precision. Trained tokens are the assistant's with their <|im
     python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/synth/sft.jsonl --out out/sft          # one GPU
     python sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/synth/sft.jsonl --out out/sft --micro_tokens 4096
 
-Writes OUT/adapter_model.safetensors and adapter_config.json (a PEFT folder), meta.json, log.jsonl.
+Writes OUT/adapter_model.safetensors and adapter_config.json (a PEFT folder), meta.json, log.jsonl, and every so many
+steps OUT/step_NNNNNN/, from which --resume goes on to the same bits.
 Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one dialogue as tokens.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import os
 import random
+import resource
+import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -36,7 +41,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import judge
-from synth import NO_REPLY, fail, open_image, read_dialogues, refuse_overwrite, text_of, write_meta
+from synth import (NO_REPLY, about, fail, file_hash, open_image, printable, read_dialogues, refuse_changes,
+                   refuse_overwrite, text_of, write_meta)
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -63,7 +69,11 @@ def parse_args(argv=None):
     add("--nf4", action=argparse.BooleanOptionalAction, default=True, help="4-bit base (QLoRA)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass: less memory, a third more time")
+    add("--save_every", type=int, default=50, help="steps between two checkpoints; the last two are kept (ours)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--allow_changes", action="store_true", help="resume although arguments or data are not those it began with")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
+    add("--allow_outside", action="store_true", help="pictures may lie outside the folder of their data file")
     add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
     add("--seed", type=int, default=0, help="initial LoRA weights, order of the data")
     return p.parse_args(argv)
@@ -101,13 +111,14 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, device_map={"": device}, quantization_config=quant if nf4 else None)
+        path, dtype=dtype, device_map={"": device}, quantization_config=quant if nf4 else None, use_safetensors=True)
     for module in model.modules():
         # On some CPUs bitsandbytes repacks the weights at the first forward without gradients, for a bf16 kernel that
         # has no backward: training after an evaluation would break. Keep one format, and fp32 arithmetic.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tok, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+    tok, image_processor = (auto.from_pretrained(path, trust_remote_code=False)  # unset, it would ask on the terminal
+                            for auto in (AutoTokenizer, AutoImageProcessor))
     image_processor.size["longest_edge"] = min(image_processor.size["longest_edge"], max_pixels)
     return make_student(model, tok, image_processor)
 
@@ -153,6 +164,11 @@ def load_adapter(student, folder, name):
         student.model.add_adapter(name, config)
     else:
         student.model = get_peft_model(student.model, config, adapter_name=name)
+    load_weights(student, folder, name)
+
+
+def load_weights(student, folder, name):
+    """The weights of a PEFT folder into adapter `name`, which is there. No other format is read: it may be a pickle."""
     try:
         weights = load_file(Path(folder) / "adapter_model.safetensors")
     except SafetensorError as error:
@@ -173,10 +189,11 @@ def use_adapter(student, name):
 
 
 def save_adapter(student, folder):
-    """Write "policy" as a plain PEFT folder (peft would make a subfolder of the name)."""
-    state = get_peft_model_state_dict(student.model, adapter_name="policy")
-    save_file({k: v.contiguous().cpu() for k, v in state.items()}, Path(folder) / "adapter_model.safetensors")
+    """Write "policy" as a plain PEFT folder (peft would make a subfolder of the name); the weights last and whole."""
     student.model.peft_config["policy"].save_pretrained(folder)
+    state, part = get_peft_model_state_dict(student.model, adapter_name="policy"), Path(folder, "adapter_model.part")
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, part)
+    part.rename(part.with_suffix(".safetensors"))
 
 
 # ---------------------------------------------------------------- the student: dialogues as tokens
@@ -380,6 +397,136 @@ def micro_batches(rows, budget):
     return batches + [batch]
 
 
+# ---------------------------------------------------------------- a run that may be killed at any instant
+
+EXPLODED = 1000.0  # gradient norm before clipping to 1 from which on no step is taken (ours; the toy's stay below 1)
+
+
+@dataclass
+class Run:
+    """Training in --out. `meta` is what its checkpoints OUT/step_NNNNNN/ remember besides adapter and optimiser: steps done,
+    see synth.about, whatever a script adds. No random states: every draw is a function of seed and step."""
+    args: object
+    started: float
+    meta: dict
+    logs: dict  # name: where to go on in it, then the open file
+    checkpoint: Path = None  # the newest
+    bad: int = 0  # steps in a row of which an update was skipped
+    student: Student = None
+    optimizer: object = None
+
+
+def open_run(args, started, names, **more):
+    """Make --out, which must be empty; or, with --resume, find its newest whole checkpoint, passing over torn ones with a
+    word. names: of the logs; more: for meta, as a run begins. -> Run"""
+    run, out = Run(args, started, {**about(args), "step": 0, **more}, dict.fromkeys(names, 0)), Path(args.out)
+    folders = sorted(out.glob("step_??????"), reverse=True) if args.resume else []
+    for folder in folders:
+        if is_whole(folder):
+            run.checkpoint = folder
+            break
+        print(f"{folder} is torn: passed over", file=sys.stderr)
+    begun = {"step_part", *names, *(folder.name for folder in folders)}  # all that a run without checkpoint leaves
+    if not args.resume or not run.checkpoint and {path.name for path in out.glob("*")} - begun:
+        refuse_overwrite(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if run.checkpoint:
+        saved = json.loads((run.checkpoint / "meta.json").read_text(encoding="utf-8"))
+        refuse_changes(args, run.meta, saved, {"out", "resume", "allow_changes", "save_every", "concurrency", "timeout"})
+        run.meta |= {key: saved[key] for key in ("step", *more)}
+        run.logs, run.started = saved["logs"], started - saved["seconds"]
+        print(f"going on from {run.checkpoint}")
+    return run
+
+
+def begin(run, student, optimizer):
+    """Load the checkpoint, if any, and cut the logs back to it."""
+    run.student, run.optimizer = student, optimizer
+    if run.checkpoint:
+        load_weights(student, run.checkpoint, "policy")
+        state = torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location=student.base.device)
+        optimizer.load_state_dict(state)
+    for name, size in run.logs.items():
+        run.logs[name] = open(Path(run.args.out, name), "a", encoding="utf-8")
+        run.logs[name].truncate(size)
+
+
+def is_whole(folder):
+    """Are the files of a checkpoint what they were when it was saved, and the logs not shorter?"""
+    try:
+        saved = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return (all(file_hash(folder / name) == value for name, value in saved["files"].items())
+                and all((folder.parent / name).stat().st_size >= size for name, size in saved["logs"].items()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def save_checkpoint(run):
+    """Write OUT/step_NNNNNN/, there in full or not at all: adapter (a PEFT folder), optimiser, meta.json with the hashes of
+    both and the lengths of the logs. The last two stay."""
+    out = Path(run.args.out)
+    part, folder = out / "step_part", out / f"step_{run.meta['step']:06}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    save_adapter(run.student, part)
+    torch.save(run.optimizer.state_dict(), part / "optimizer.pt")
+    meta = {**run.meta, "seconds": time.time() - run.started, "files": {p.name: file_hash(p) for p in part.iterdir()},
+            "logs": {name: os.fstat(log.fileno()).st_size for name, log in run.logs.items()}}
+    (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    for path in (*(log.name for log in run.logs.values()), *part.iterdir(), part):  # on the disk before they have the name
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    run.checkpoint = folder
+    for old in sorted(out.glob("step_??????"))[:-2]:
+        shutil.rmtree(old)
+
+
+def steps_left(run, steps):
+    """Yield the steps that are left. After each one: stop if it was the third bad one in a row; save now and then, and on
+    Ctrl-C, which is heard when the step is done. A second Ctrl-C stops at once."""
+    pressed, word = [], b"\nCtrl-C: saving after this step; once more: stopping at once\n"
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130) if pressed else pressed.append(os.write(1, word)))
+    left = range(run.meta["step"], steps)
+    for step in tqdm(left, initial=left.start, total=steps, mininterval=1, disable=None):
+        yield step
+        run.meta["step"] = step + 1
+        if run.bad == 3:
+            fail(f"step {step}: the third in a row with a loss or gradient that is not finite, or a norm above "
+                 f"{EXPLODED:g}; last good checkpoint: {run.checkpoint or 'none yet'}", code=1)
+        if not run.bad and (pressed or (step + 1) % run.args.save_every == 0 or step + 1 == steps):
+            save_checkpoint(run)
+        if pressed:
+            fail(f"interrupted; --resume goes on from {run.checkpoint or 'the start'}", code=130)
+
+
+def step_or_skip(optimizer, loss):
+    """Clip the gradient to norm 1 and step; not if it or the loss is not finite, nor if it has exploded.
+    -> (norm before clipping, 1 if skipped else 0)"""
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
+    good = math.isfinite(loss) and norm < EXPLODED
+    if good:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, int(not good)
+
+
+def write_line(run, line, steps):
+    """Add memory (the peak in GB, of the GPU or else of the process) and the time that is left to a step's line and write
+    it as strict JSON, null for what is not finite. -> the line"""
+    run.bad = run.bad + 1 if line["skipped"] else 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    pace = (time.time() - run.started) / (line["step"] + 1)
+    line |= {"memory": torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else peak,
+             "minutes_left": pace * (steps - line["step"] - 1) / 60}
+    strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    run.logs["log.jsonl"].write(json.dumps(strict, allow_nan=False) + "\n")
+    run.logs["log.jsonl"].flush()
+    return line
+
+
 # ---------------------------------------------------------------- training
 
 def epoch_order(n, batch, seed, epoch):
@@ -406,13 +553,10 @@ def loss_over(student, dialogues, args, backward=False):
 
 
 def show_trained(student, row):
-    """The first dialogue as the loss sees it: trained tokens in brackets, so that a mask can be seen."""
-    text, inside = "", False
-    for i, turn in zip(row.ids, row.turn_id):
-        if i != student.pad:
-            text += "[" * (turn >= 0 and not inside) + "]" * (turn < 0 and inside) + student.tok.decode([i])
-            inside = turn >= 0
-    return text + "]" * inside
+    """A dialogue as the loss sees it: trained tokens in brackets, so that a mask can be seen."""
+    spoken = [(i, turn >= 0) for i, turn in zip(row.ids, row.turn_id) if i != student.pad]
+    parts = [(said, student.tok.decode([i for i, _ in part])) for said, part in itertools.groupby(spoken, lambda x: x[1])]
+    return printable("".join(f"[{text}]" if said else text for said, text in parts), keep="\n")
 
 
 def rate(step, steps, warmup):
@@ -438,17 +582,21 @@ def train_and_held_out(student, dialogues, args):
     train, test = [d for d in dialogues if d["seed_id"] not in held], [d for d in dialogues if d["seed_id"] in held]
     print(f"{len(train)} dialogues, {sum(len(rows[d['id']][0].ids) for d in train)} tokens; {len(test)} held out; "
           f"{sum(dropped for _, dropped in rows.values())} turns dropped beyond {args.max_tokens} tokens")
-    print("first dialogue, trained tokens in brackets:\n" + show_trained(student, rows[train[0]["id"]][0]))
     return train, test
 
 
+LINE = ("step {step:4} | loss {loss:.4f} | grad {grad_norm:.3f} | {tokens} tokens | {seconds:.1f} s, {memory:.1f} GB, "
+        "{minutes_left:.1f} min left")
+
+
 def main(args):
-    if min(args.batch, args.eval_every) < 1 or not 0 <= args.held_out < 1 or args.epochs <= 0:
-        fail("--batch and --eval_every must be 1 or more, --held_out a share below 1, --epochs above 0")
+    if min(args.batch, args.eval_every, args.save_every) < 1 or not 0 <= args.held_out < 1 or args.epochs <= 0:
+        fail("--batch, --eval_every and --save_every must be 1 or more, --held_out a share below 1, --epochs above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.time()
-    dialogues = read_dialogues(args.data, args.skip_bad)
+    dialogues = read_dialogues(args.data, args.skip_bad, args.allow_outside)
+    run = open_run(args, started, ["log.jsonl"], best=sys.float_info.max, waited=0)
     try:
         student = load_student(args.model, args.nf4, args.max_pixels)
     except (OSError, ValueError) as error:
@@ -458,41 +606,41 @@ def main(args):
     if args.checkpointing:
         student.base.activation_checkpointing_enable({"use_reentrant": False})
     train, test = train_and_held_out(student, dialogues, args)
-    refuse_overwrite(args.out)
-
-    params = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    begin(run, student, optimizer)
     per_epoch = math.ceil(len(train) / args.batch)
     steps = max(1, round(args.epochs * per_epoch))
-    log, best, waited = open(Path(args.out) / "log.jsonl", "w"), math.inf, 0
-    for step in (bar := tqdm(range(steps), "sft", mininterval=1, disable=None)):
-        if step % per_epoch == 0:
-            batches = epoch_order(len(train), args.batch, args.seed, step // per_epoch)
+    for step in steps_left(run, steps):
+        if args.patience and run.meta["waited"] >= args.patience:
+            tqdm.write(f"held-out loss is flat: {args.patience} times in a row less than 1 % better; done")
+            break
+        batch = [train[i] for i in epoch_order(len(train), args.batch, args.seed, step // per_epoch)[step % per_epoch]]
+        if step == 0:
+            shown = [show_trained(student, render(student, d, args.max_tokens)[0]) for d in batch]
+            print("first batch, trained tokens in brackets:", *shown, sep="\n\n")
         begun = time.time()
         student.model.train()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate(step, steps, args.warmup)
-        loss, tokens = loss_over(student, [train[i] for i in batches[step % per_epoch]], args, backward=True)
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens, "seconds": time.time() - begun}
-        bar.set_postfix_str(f"loss {loss:.3f}")
+        loss, tokens = loss_over(student, batch, args, backward=True)
+        norm, skipped = step_or_skip(optimizer, loss)
+        line = {"step": step, "loss": loss, "grad_norm": norm, "skipped": skipped, "tokens": tokens,
+                "seconds": time.time() - begun}
         if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             student.model.eval()
             line["held_out"], _ = loss_over(student, test, args)
-            tqdm.write(f"step {step + 1}/{steps} | loss {loss:.4f} | held-out loss {line['held_out']:.4f}")
-            waited = 0 if line["held_out"] < 0.99 * best else waited + 1
-            best = min(best, line["held_out"])
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-        if args.patience and waited >= args.patience:
-            tqdm.write(f"held-out loss is flat: {waited} times in a row less than 1 % better; done")
-            break
+            better = line["held_out"] < 0.99 * run.meta["best"]
+            run.meta |= {"waited": 0 if better else run.meta["waited"] + 1, "best": min(run.meta["best"], line["held_out"])}
+        line = write_line(run, line, steps)
+        held = f" | held-out loss {line['held_out']:.4f}" if "held_out" in line else ""
+        tqdm.write(LINE.format(**line) + held + " | ! update skipped" * skipped)
     save_adapter(student, args.out)
-    write_meta(args, started, step=step + 1)
+    write_meta(args, run.started, **run.meta)
     print(f"adapter in {args.out}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted before the first step", code=130)

@@ -140,7 +140,7 @@ def run_grpo(a, student, folder):
         return line
 
     lines, _, figures = timed(a, step)
-    return {**figures, "rollout_tokens_per_s": tiny.spread([x["tokens"] / x["seconds_rollout"] for x in lines], 0),
+    return {**figures, "rollout_tokens_per_s": tiny.spread([x["tokens"] / (x["seconds_generate"] + x["seconds_tutor"]) for x in lines], 0),
             "new_tokens_per_step": lines[-1]["tokens"]}
 
 
