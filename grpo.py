@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import judge
 import tcsr
-from sft import (Row, add_lora, add_user, begin, encode_images, hidden_states, load_adapter, load_student, micro_batches,
-                 mrope_positions, open_run, policy_logits, reply_logps, save_adapter, save_checkpoint, show_trained,
+from sft import (Row, adamw, add_lora, add_user, begin, encode_images, hidden_states, load_adapter, load_student,
+                 micro_batches, mrope_positions, open_run, policy_logits, reply_logps, save_adapter, save_checkpoint, show_trained,
                  step_or_skip, steps_left, use_adapter, write_line)
 from synth import fail, image_png, read_dialogues, user_turns, write_meta
 from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
@@ -154,6 +154,14 @@ def sample(logits, uniform, temperature):
     return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
+def next_token(student, ids, positions, features, mask, cache, lm, uniform, temperature):
+    """One forward over new columns and one draw a row -> token (N,), its log-probability (N,)."""
+    hidden = hidden_states(student, ids, positions, features, mask, cache, lm)
+    logits = policy_logits(student, hidden[:, -1], temperature or 1.0)  # (N, V)
+    token = sample(logits, uniform, temperature)
+    return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 def dense_copy(student):
     """A language model of plain linears to sample from: embeddings, norms and biases are the student's own tensors,
     each linear gets room for its weight. `fold` fills it."""
@@ -187,16 +195,18 @@ def fold(student, dense):
 
 
 @torch.no_grad()
-def rollout(student, dialogues, keys, respond, args, images, lm=None):
+def rollout(student, dialogues, keys, respond, args, images, lm=None, fixed=None):
     """Play all dialogues abreast, turn by turn, and return their Talks.
 
     Tokens go in as the sampler made them, never decoded and encoded again; a user turn is appended as new
     tokens with the template's seams. respond(talks) is called once a turn with the talks still going; it may
     add scores to talks[i].turns[-1] and returns the next user turn of each, (content, [image paths], strategy), or
-    None to end it. images: {path: features}; lm: the language model to sample from (default: the student's own)."""
+    None to end it. images: {path: features}; lm: the language model to sample from (default: the student's own);
+    fixed: decode with FixedStep (default: on a GPU)."""
     lm = lm or student.base.model.language_model
     student.model.eval()  # checkpointing in train mode would drop the cache without a word
     device = student.allowed.device
+    fixed, step = device.type == "cuda" if fixed is None else fixed, None
     talks = [Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
     cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
     active, said = talks, [(*user_turns(d)[0], "scripted") for d in dialogues]
@@ -224,12 +234,16 @@ def rollout(student, dialogues, keys, respond, args, images, lm=None):
 
         alive, tokens, logps = torch.ones(len(active), dtype=torch.bool, device=device), [], []
         for i in range(args.max_new):
-            hidden = hidden_states(student, ids, positions, features, cache.mask(real), cache, lm)
+            if i and fixed:
+                if not (step and step.serves(cache, args.max_new - i)):
+                    step = FixedStep(student, cache, lm, args.temperature, args.max_new - i)
+                token, logp = step(ids, positions, real, uniform[:, i])
+            else:
+                token, logp = next_token(student, ids, positions, features, cache.mask(real), cache, lm, uniform[:, i],
+                                         args.temperature)
             cache.used += ids.shape[1]
-            logits = policy_logits(student, hidden[:, -1], args.temperature or 1.0)  # (N, V)
-            token = sample(logits, uniform[:, i], args.temperature)
             tokens.append(torch.where(alive, token, -1))
-            logps.append(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
+            logps.append(logp)
             alive = alive & (token != student.end)
             if not alive.any():
                 break
@@ -271,6 +285,59 @@ def close_turn(student, talk, ids, logps):
     if cut:
         talk.add([student.end])
     talk.turns[-1] |= {"assistant": text, "truncated": cut}
+
+
+# ---------------------------------------------------------------- a GPU only: decoding without Python
+
+class FixedStep:
+    """`next_token` for one new column of a Cache, in which no shape and no address ever changes: its inputs are copied
+    into buffers, the column is written where the tensor `at` says, and attention runs over all of the first S columns,
+    with a mask. A GPU records such a step once (CUDA graph) and then repeats it: one launch instead of more than a
+    thousand, which is what bounds transformers' generate(). On a CPU it runs as it is, for the tests."""
+    BLOCK = 512  # S grows by so many columns: one recording for several turns, and little to read that is not used yet
+
+    def __init__(self, student, cache, lm, temperature, room):
+        rows, device = len(cache.attend), cache.attend.device
+        self.student, self.cache, self.lm, self.temperature, self.graph = student, cache, lm, temperature, None
+        self.columns = min(-(-(cache.used + room) // self.BLOCK) * self.BLOCK, cache.attend.shape[1])
+        self.kv = [kv[..., :self.columns, :] for kv in cache.kv]
+        for kv in self.kv:
+            kv[..., cache.used:, :] = 0  # what was in this memory may be NaN, and NaN times a weight of 0 is NaN
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
+        self.ids, self.positions, self.at = zeros(rows, 1), zeros(3, rows, 1), zeros(1)
+        self.mask, self.uniform = zeros(rows, 1, 1, self.columns, dtype=torch.bool), zeros(rows, dtype=torch.float64)
+
+    def serves(self, cache, room):
+        """Whether the batch still has the same rows and the columns suffice."""
+        return len(self.mask) == len(cache.attend) and cache.used + room <= self.columns
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """What attention asks of a cache, as in Cache: keys, values (N, heads, 1, head) -> (N, heads, S, head)."""
+        for kept, new in zip(self.kv[layer], (keys, values)):
+            kept.index_copy_(2, self.at, new)
+        return self.kv[layer][0], self.kv[layer][1]
+
+    def step(self):
+        return next_token(self.student, self.ids, self.positions, [], self.mask, self, self.lm, self.uniform, self.temperature)
+
+    def __call__(self, ids, positions, real, uniform):
+        """ids, real (N, 1), positions (3, N, 1), uniform (N,) -> what next_token returns."""
+        used = self.cache.used
+        self.cache.attend[:, used] = real[:, 0]
+        self.mask[:, 0, 0] = self.cache.attend[:, :self.columns]
+        self.mask[..., used] = True  # a padding column sees itself, as in Cache.mask
+        self.at.fill_(used)
+        for buffer, value in ((self.ids, ids), (self.positions, positions), (self.uniform, uniform)):
+            buffer.copy_(value)
+        if not ids.is_cuda:
+            return self.step()
+        if not self.graph:
+            self.step()  # what libraries set up at their first call must not be recorded
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.token, self.logp = self.step()
+        self.graph.replay()
+        return self.token.clone(), self.logp.clone()  # the next replay overwrites them
 
 
 # ---------------------------------------------------------------- the tutor
@@ -496,7 +563,7 @@ def main(args):
     except (OSError, ValueError) as error:
         fail(f"--model or --adapter: {error}")
     dense = dense_copy(student) if args.rollout_weights == "dense" else None
-    optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    optimizer = adamw(student, args.lr)
 
     begin(run, student, optimizer)
     per_epoch = len(dialogues) // args.prompts

@@ -10,7 +10,8 @@ lm_head keep their precision. Trained tokens are the assistant's with their <|im
     python sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/synth/sft.jsonl --out out/sft --micro_tokens 4096
 
 Writes OUT/adapter_model.safetensors and adapter_config.json (a PEFT folder), meta.json, log.jsonl, and every so many
-steps OUT/step_NNNNNN/, from which --resume goes on to the same bits.
+steps OUT/step_NNNNNN/, from which --resume goes on to the same bits. To serve the result:
+    python sft.py merge --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/grpo --out out/merged      # CPU, a minute
 Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one dialogue as tokens.
 """
 
@@ -21,6 +22,7 @@ import logging
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,9 +34,11 @@ from pathlib import Path
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but bitsandbytes would load the compiler
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel package it does not need
 
+import bitsandbytes
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -49,6 +53,13 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["merge"]:
+        p = argparse.ArgumentParser("sft.py merge", description=merge.__doc__, formatter_class=judge.Help)
+        p.add_argument("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
+        p.add_argument("--adapter", required=True, help="adapter of sft.py or grpo.py")
+        p.add_argument("--out", required=True, help="folder for the merged model")
+        return p.parse_args(argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add = p.add_argument
     add("--model", required=True, help="Hugging Face folder or name of a Qwen2.5-VL checkpoint")
@@ -196,6 +207,42 @@ def save_adapter(student, folder):
     part.rename(part.with_suffix(".safetensors"))
 
 
+def merge(args):
+    """Fold an adapter into its base: a folder that transformers and vLLM load without peft. All files, names of weights
+    and precision (bf16 on the hub) stay the base's; only the adapted weights change, each rounded once. NF4 is not
+    involved: merging into it would round away most of what was learned."""
+    started = time.time()
+    try:
+        base = Path(args.model if Path(args.model).is_dir() else snapshot_download(args.model))
+        config, lora = PeftConfig.from_pretrained(args.adapter), load_file(Path(args.adapter) / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"--model or --adapter: {error}")
+    # One name for a linear on both sides: the hub says model.layers.., transformers 5 model.language_model.layers..
+    plain = lambda key: re.sub(r"^(base_model\.model\.)?(model\.)?(language_model\.)?", "", key).removesuffix(".weight")
+    a, b = ({plain(key.replace(f".lora_{x}", "")): w.float() for key, w in lora.items() if f".lora_{x}" in key} for x in "AB")
+    files, places = sorted(base.glob("*.safetensors")), {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            places |= {plain(k): [*weights.get_slice(k).get_shape()] for k in weights.keys() if k.endswith(".weight")}
+    wanted = {k: shape for k, shape in places.items() if re.fullmatch(r"layers\..*_proj", k)}
+    if (not wanted or len(lora) != 2 * len(wanted) or a.keys() != b.keys() or config.use_rslora
+            or {k: [len(b[k]), a[k].shape[1]] for k in a} != wanted):
+        fail(f"{args.adapter}: not an adapter of sft.py for {base}")
+    refuse_overwrite(args.out)
+    for file in base.iterdir():
+        if file.is_file() and file.suffix not in (".safetensors", ".bin"):
+            shutil.copy(file, args.out)
+    for file in files:
+        weights = load_file(file)
+        for key in weights:
+            if plain(key) in a:
+                delta = config.lora_alpha / config.r * (b[plain(key)] @ a[plain(key)])
+                weights[key] = (weights[key].float() + delta).to(weights[key].dtype)
+        save_file(weights, Path(args.out, file.name), {"format": "pt"})
+    write_meta(args, started)
+    print(f"{len(a)} merged weights in {args.out}")
+
+
 # ---------------------------------------------------------------- the student: dialogues as tokens
 
 @dataclass
@@ -277,13 +324,14 @@ def image_grid(student, image):
 @torch.no_grad()
 def encode_images(student, paths):
     """{path: features (height * width, H)}: the frozen tower runs once per distinct image, all later passes share it.
-    `pixel_values` is patch-flat, so features are split by each image's own grid."""
-    paths = sorted(set(paths))
-    if not paths:
-        return {}
-    inputs = student.image_processor(images=[open_image(p) for p in paths], return_tensors="pt")
-    inputs = inputs.to(student.base.device)
-    features = student.base.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    `pixel_values` is patch-flat, so features are split by each image's own grid. The held-out loss has a thousand images:
+    some 8,192 tokens of them go through the tower at a time, and they wait on the CPU."""
+    paths, ip, features = sorted(set(paths)), student.image_processor, []
+    at_once = max(1, 8192 * (ip.patch_size * ip.merge_size) ** 2 // ip.size["longest_edge"])
+    for i in range(0, len(paths), at_once):
+        inputs = ip(images=[open_image(p) for p in paths[i:i + at_once]], return_tensors="pt").to(student.base.device)
+        out = student.base.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        features += [f.cpu() for f in out]
     return dict(zip(paths, features))
 
 
@@ -323,7 +371,7 @@ def hidden_states(student, ids, positions, features, mask=None, cache=None, lang
     embeds = lm.embed_tokens(ids)  # (N, L, H)
     if features:
         # not in place: under checkpointing the embeddings are a leaf that requires a gradient
-        embeds = embeds.masked_scatter((ids == student.pad)[..., None], torch.cat(features).to(embeds.dtype))
+        embeds = embeds.masked_scatter((ids == student.pad)[..., None], torch.cat(features).to(embeds))
     return lm(inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
               past_key_values=cache, use_cache=False).last_hidden_state
 
@@ -565,6 +613,14 @@ def rate(step, steps, warmup):
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def adamw(student, lr):
+    """The optimiser of everything trainable, without weight decay. On a GPU bitsandbytes' paged 8-bit one: 2 bytes of
+    state a weight instead of 8, and it moves to the CPU when memory is short; on a CPU torch's."""
+    params = [p for p in student.model.parameters() if p.requires_grad]
+    kind = bitsandbytes.optim.PagedAdamW8bit if params[0].is_cuda else torch.optim.AdamW
+    return kind(params, lr=lr, weight_decay=0.0)
+
+
 def train_and_held_out(student, dialogues, args):
     """Dialogues that can be trained on -> (train, held out). Divided by seed, so that no sibling of a training dialogue
     is held out; those without a reply, or too long for even one turn, are named first and stop the run."""
@@ -606,7 +662,7 @@ def main(args):
     if args.checkpointing:
         student.base.activation_checkpointing_enable({"use_reentrant": False})
     train, test = train_and_held_out(student, dialogues, args)
-    optimizer = torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    optimizer = adamw(student, args.lr)
     begin(run, student, optimizer)
     per_epoch = math.ceil(len(train) / args.batch)
     steps = max(1, round(args.epochs * per_epoch))
@@ -641,6 +697,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        (merge if sys.argv[1:2] == ["merge"] else main)(parse_args())
     except KeyboardInterrupt:
         fail("interrupted before the first step", code=130)
