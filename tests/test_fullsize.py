@@ -1,33 +1,175 @@
-"""What a 3B or a 7B on a GPU needs, on small models of the same shape."""
+"""What a 3B or a 7B on a GPU needs, on small models of the same shape: precision, memory, decoding, merging, two processes."""
+import json
+import random
+import shutil
+import weakref
+from collections import Counter
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
+import fullsize
 import grpo
 import sft
-from conftest import grpo_args, scripted
-from test_rollout import actor, images_of, keys_of, lively, play  # noqa: F401, the fixture is used by name
+import toy
+from conftest import dialogue, grpo_args, scripted
+from test_rollout import actor, images_of, keys_of, play  # noqa: F401, actor is a fixture
+
+PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656}  # weights, by the index of the published checkpoints
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return toy.make_tokenizer(random.Random(0))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tok):
+    """A folder with the 7B's shape: more heads than keys, an lm_head of its own, images of up to 12.8 M pixels."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(fullsize.SIZES, "small", ((128, 688, 2, 4, 1, 1536, False), (64, 128, 2, 4)))
+    patch.setitem(fullsize.SIDE, "small", 56)
+    patch.setattr(toy, "make_tokenizer", lambda rng: tok)
+    folder = tmp_path_factory.mktemp("out") / "small"
+    folder.mkdir()
+    yield fullsize.make_base("small", folder)
+    patch.undo()
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Load as on a GPU; on a CPU everything is fp32 otherwise."""
+    real = Model.from_pretrained
+
+    def load(path, dtype, quantization_config=None, **more):
+        if quantization_config:
+            quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
+        return real(path, dtype=torch.bfloat16, quantization_config=quantization_config, **more)
+    monkeypatch.setattr(Model, "from_pretrained", load)
+
+
+# ---------------------------------------------------------------- precision
+
+def test_precision_by_prefix_is_what_fits_a_gpu(small, bf16):  # traps 15, 16, 19
+    student = sft.load_student(small)
+    sft.add_lora(student, 8, 16)
+    student.model.add_adapter("reference", student.model.peft_config["policy"])
+    sft.use_adapter(student, "policy")
+    student.base.activation_checkpointing_enable({"use_reentrant": False})
+    student.model.train()
+    part = lambda name: next(p for p in ("lora_", "visual", "embed_tokens", "lm_head", "norm", "proj", "") if p in name)
+    seen = Counter((part(n), p.dtype) for n, p in student.model.named_parameters())
+    layers, bf = student.base.config.text_config.num_hidden_layers, torch.bfloat16
+    tower = len([*student.base.model.visual.parameters()])
+    assert seen == {("proj", torch.uint8): 7 * layers, ("proj", bf): 3 * layers, ("norm", bf): 2 * layers + 1, ("visual", bf): tower,
+                    ("embed_tokens", bf): 1, ("lm_head", bf): 1, ("lora_", torch.float32): 2 * 2 * 7 * layers}
+    for m in student.base.modules():
+        if isinstance(m, bnb.nn.Linear4bit):
+            assert m.weight.quant_state.nested and m.weight.quant_state.quant_type == "nf4"  # double quantisation
+
+
+def test_the_default_budget_is_512_x_512(small):  # trap 13
+    student = sft.load_student(small)
+    assert student.image_processor.size["longest_edge"] == 512 * 512
+    assert sft.image_grid(student, SimpleNamespace(width=512, height=512)) == (18, 18)
+    for size in ((4000, 3000), (513, 512), (9000, 60)):
+        height, width = sft.image_grid(student, SimpleNamespace(width=size[0], height=size[1]))
+        assert height * width <= (512 // 28) ** 2 + 10
+
+
+def test_the_tower_sees_a_few_images_at_a_time_and_their_features_wait_on_the_cpu(student, pictures, monkeypatch):
+    together = sft.encode_images(student, pictures)
+    monkeypatch.setitem(student.image_processor.size, "longest_edge", 8192 * 28 * 28 // 2)  # as if two were a lot
+    seen, real = [], student.base.model.get_image_features
+    monkeypatch.setattr(student.base.model, "get_image_features", lambda pixels, grid: (seen.append(len(grid)), real(pixels, grid))[1])
+    some = sft.encode_images(student, pictures)
+    assert seen == [2, 2]
+    for path in pictures:
+        torch.testing.assert_close(some[path], together[path], atol=1e-5, rtol=1e-4)
+
+
+def test_turns_that_do_not_fit_are_counted_aloud(student, mixed, capsys):  # trap 14
+    args = sft.parse_args("--model m --data d --out o --held_out 0 --skip_bad --max_tokens 60".split())
+    whole = sum(sft.render(student, d)[1] for d in mixed)
+    dropped = sum(sft.render(student, d, 60)[1] for d in mixed[:2] + mixed[3:4])
+    sft.train_and_held_out(student, mixed[:2] + mixed[3:4], args)
+    assert whole == 0 < dropped and f"{dropped} turns dropped beyond 60 tokens" in capsys.readouterr().out
+
+
+def test_checkpointing_keeps_a_state_a_layer_and_the_same_gradient(fresh, mixed):  # trap 2
+    student = fresh()
+    rows, images = [sft.render(student, d)[0] for d in mixed], images_of(student, mixed)
+
+    def run():
+        kept = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t):
+            loss = sft.reply_logps(student, rows, images)[0].sum()
+        loss.backward()
+        grads = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
+        student.model.zero_grad()
+        return sum(kept.values()), grads
+    student.model.train()
+    whole, plain = run()
+    student.base.activation_checkpointing_enable({"use_reentrant": False})
+    student.model.train()
+    little, checked = run()
+    assert little < whole / 4 and all(torch.equal(a, b) for a, b in zip(plain, checked))
+
+
+# ---------------------------------------------------------------- the optimiser
+
+def test_the_optimiser_is_paged_and_8_bit_on_a_gpu_and_torchs_on_a_cpu(fresh):
+    student = fresh()
+    optimizer = sft.adamw(student, 1e-3)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.param_groups[0]["weight_decay"] == 0
+    assert optimizer.param_groups[0]["params"] == [p for n, p in student.model.named_parameters() if ".policy." in n]
+    there = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    there.model.parameters = lambda: [SimpleNamespace(requires_grad=True, is_cuda=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bnb.optim, "PagedAdamW8bit", lambda params, lr, weight_decay: ("paged", len(params), lr, weight_decay))
+        assert sft.adamw(there, 1e-3) == ("paged", 1, 1e-3, 0.0)
+
+
+def test_the_gpus_optimiser_goes_on_from_its_state(tmp_path):
+    """What a checkpoint keeps of it is enough: four steps are two, a file, and two."""
+    def train(steps, state=None):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 128) if state is None else state["p"])
+        optimizer = bnb.optim.PagedAdamW8bit([p], lr=1e-2, weight_decay=0.0)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        for step in steps:
+            p.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return {"p": p.detach(), "optimizer": optimizer.state_dict()}
+    torch.save(train([0, 1]), tmp_path / "state.pt")
+    assert torch.equal(train([2, 3], torch.load(tmp_path / "state.pt"))["p"], train(range(4))["p"])
 
 
 # ---------------------------------------------------------------- decoding
 
-@pytest.mark.parametrize("block", [8, 64, 4096])
+@pytest.mark.parametrize("block", [16, 512])
 @pytest.mark.parametrize("weights", ["dense", "base"])
 def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, block, monkeypatch):
     """What a GPU records and repeats, run on a CPU: rows leave, turns are ragged, replies end early, and memory that was
     never written is full of NaN."""
     student, dense = actor
     lm = dense if weights == "dense" else None
-    real = grpo.Cache
 
-    class Dirty(real):
+    class Dirty(grpo.Cache):
         def __init__(self, *args):
             super().__init__(*args)
             for kv in self.kv:
                 kv.fill_(torch.nan)
     monkeypatch.setattr(grpo, "Cache", Dirty)
     monkeypatch.setattr(grpo.FixedStep, "BLOCK", block)
-    shapes, step = set(), grpo.FixedStep.step
-    monkeypatch.setattr(grpo.FixedStep, "step", lambda self: (shapes.add(tuple(self.mask.shape)), step(self))[1])
+    shapes, step = [], grpo.FixedStep.step
+    monkeypatch.setattr(grpo.FixedStep, "step", lambda self: (shapes.append(tuple(self.mask.shape)), step(self))[1])
     for temperature in ("1.0", "0"):
         flags = ["--temperature", temperature]
         expected = play(student, mixed, *flags, lm=lm)
@@ -36,3 +178,143 @@ def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, b
             assert (a.ids, a.turn_id, a.turns) == (b.ids, b.turn_id, b.turns)
             assert a.logps == pytest.approx(b.logps, abs=1e-5)
     assert len({rows for rows, *_ in shapes}) > 1 and all(s % block == 0 or s == 600 for *_, s in shapes)
+
+
+def test_a_step_is_recorded_again_only_when_rows_leave_or_columns_run_out(student, mixed, monkeypatch):
+    made, real = [], grpo.FixedStep.__init__
+    monkeypatch.setattr(grpo.FixedStep, "__init__", lambda self, s, cache, *rest: (made.append(len(cache.attend)), real(self, s, cache, *rest))[1])
+    many = [dialogue(f"m{n}", *["go on."] * 6) for n in range(3)]
+    grpo.rollout(student, many, keys_of(many), scripted, grpo_args("--max_new", "3"), {}, fixed=True)
+    assert made == [3]  # six turns, one recording
+    made.clear()
+    grpo.rollout(student, mixed, keys_of(mixed), scripted, grpo_args(), images_of(student, mixed), fixed=True)
+    assert made == sorted(set(made), reverse=True) and len(made) > 1
+
+
+def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
+    """Grouped-query attention over one new column: sdpa is handed the cache itself, two heads for the queries of four."""
+    student, dense = actor
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **more):
+        seen.append((query.shape, key.shape, any(key.data_ptr() == kv.data_ptr() for c in caches for kv in c.kv)))
+        return real(query, key, value, **more)
+    caches, init = [], grpo.Cache.__init__
+    monkeypatch.setattr(grpo.Cache, "__init__", lambda self, *args: (caches.append(self), init(self, *args))[1])
+    images = images_of(student, mixed)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for fixed in (False, True):
+        seen.clear()
+        grpo.rollout(student, mixed, keys_of(mixed), lambda talks: [None] * len(talks), grpo_args(), images, dense, fixed=fixed)
+        decode = seen[dense.config.num_hidden_layers:]  # after the prompt
+        assert decode and all(q[1] == k[1] == 2 and q[2] == 2 and in_place for q, k, in_place in decode)
+
+
+# ---------------------------------------------------------------- memory by arithmetic
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time: what a GPU's allocator would have counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.live = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.device.type == "cpu" and (key := t.untyped_storage()._cdata) not in self.live:
+                self.live[key] = t.untyped_storage().nbytes()
+                self.now += self.live[key]
+                weakref.finalize(t.untyped_storage(), self.free, key)
+        self.most = max(self.most, self.now)
+        return out
+
+    def free(self, key):
+        self.now -= self.live.pop(key)
+
+
+@pytest.mark.parametrize("name", ["sft", "update", "rollout"])
+def test_planned_memory_is_what_a_step_takes(small, bf16, name):
+    row = {"sft": dict(fullsize.SFT, tokens=512, batch=2),
+           "update": dict(fullsize.GRPO, prompts=2, group=2, turns=2, user=120, reply=8, columns=290, micro=290),
+           "rollout": dict(fullsize.GRPO, prompts=2, group=6, turns=1, user=30, reply=4, columns=52, micro=52, weights="base")}[name]
+    with Peak() as peak:
+        getattr(fullsize, f"run_{row['kind']}")(row, small, small)
+    planned = fullsize.plan("small", row, state=8, at_once=2 ** 20)
+    assert ("cache" in planned) == (name == "rollout")
+    assert sum(planned.values()) == pytest.approx(peak.most, rel=0.15), planned
+
+
+def test_planned_memory_of_a_late_prompt(small, bf16):
+    """Keys and values repeated for every head: what a prompt costs when much lies behind it."""
+    student = sft.load_student(small, nf4=False)
+    rows, behind = 64, 600
+    cache = grpo.Cache(student.base.config.text_config, rows, behind + 16, torch.bfloat16, "cpu")
+    cache.used, cache.attend[:, :behind] = behind, True
+    ids = torch.full((rows, 8), 20)
+    with torch.no_grad(), Peak() as peak:
+        sft.hidden_states(student, ids, ids.expand(3, -1, -1), [], cache.mask(ids > 0), cache)
+    planned = fullsize.plan("small", dict(fullsize.GRPO, prompts=16, group=4, user=0, reply=8, columns=behind + 16, micro=1))
+    assert planned["prompt"] == pytest.approx(peak.most, rel=0.15)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_planned_weights_are_those_of_the_published_model(size, tok):
+    with torch.device("meta"):
+        model = Model._from_config(fullsize.config(size, tok), dtype=torch.bfloat16)
+    linears, rest = fullsize.shapes(size)
+    layers = model.config.text_config.num_hidden_layers
+    assert sum(p.numel() for p in model.parameters()) == layers * sum(a * b for a, b in linears) + sum(rest.values()) == PUBLISHED[size]
+    per = Counter()
+    for name, p in model.named_parameters():
+        part = "language" if "layers" in name and p.ndim == 2 else "projector" if "merger" in name else "tower" if "visual" in name else \
+            "embeddings" if p.ndim == 2 else "biases and norms"
+        per[part] += p.numel()
+    assert per == {**rest, "language": layers * sum(a * b for a, b in linears)}
+    student = SimpleNamespace(model=model)
+    sft.add_lora(student, fullsize.RANK, 64)
+    adapter = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    row = fullsize.ROWS["grpo-8k"]
+    planned = fullsize.plan(size, row)
+    assert planned["adapters"] == 2 * 4 * adapter
+    cache = grpo.Cache(model.config.text_config, 40, 8192, torch.bfloat16, "meta")
+    assert planned["cache"] == sum(kv.nbytes for kv in cache.kv)
+
+
+def test_planned_nf4_and_optimiser_bytes_are_bitsandbytes(small):
+    student = sft.load_student(small)
+    sft.add_lora(student, fullsize.RANK, 64)
+    linears, rest = fullsize.shapes("small")
+    states = [m.weight.quant_state for m in student.base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    four = sum(m.weight.nbytes for m in student.base.modules() if isinstance(m, bnb.nn.Linear4bit))
+    four += sum(t.nbytes for s in states for t in (s.absmax, s.offset, s.state2.absmax))
+    planned = fullsize.plan("small", dict(fullsize.SFT, tokens=1), word=4)
+    assert planned["weights"] - 4 * sum(rest.values()) == four
+    params = [p for p in student.model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.PagedAdamW8bit(params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    held = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if torch.is_tensor(t) and "qmap" not in k)
+    assert planned["optimizer"] == pytest.approx(held, rel=0.05)
+
+
+def test_targets_hold_by_arithmetic():
+    total = lambda size, row, **more: sum(fullsize.plan(size, {**fullsize.ROWS[row], **more}).values()) / fullsize.GIB
+    assert total("3b", "sft-4k") < 12 and total("7b", "sft-8k") < 24
+    assert total("3b", "grpo-8k") < 24 and total("7b", "grpo-8k") < 48
+
+
+def test_the_whole_script_runs_on_a_cpu(tmp_path, tok, capsys, monkeypatch):
+    monkeypatch.setattr(toy, "make_tokenizer", lambda rng: tok)
+    for flags in (["--only", "sft-2k", "decode-2"], ["--only", "grpo"], ["--only", "sft-2k"]):
+        fullsize.main(fullsize.parse_args(["--size", "tiny", "--out", str(tmp_path), *flags]))
+    rows = capsys.readouterr().out.rsplit("| --- |\n", 1)[1].splitlines()
+    assert [r.split("|")[1].strip() for r in rows[:3]] == ["tiny sft-2k", "tiny grpo", "tiny decode-2"]  # each once, what was measured stays
+    assert len((tmp_path / "tiny.jsonl").read_text().splitlines()) == 4
+    assert json.loads((tmp_path / "tiny.jsonl").read_text().splitlines()[2])["seconds"].keys() >= {"generate", "tutor", "log-probs", "backward"}
+    for size in ("3b", "7b"):
+        fullsize.main(fullsize.parse_args(["--size", size, "--plan"]))
+    assert "| sft-8k |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="GPU"):
+        fullsize.main(fullsize.parse_args(["--size", "3b"]))
