@@ -74,6 +74,7 @@ def parse_args(argv=None):
     add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient")
     add("--rollout_weights", choices=("dense", "base"), default="dense",
         help="sample from a dense copy with the adapter folded in, or from the base itself (less memory, slower)")
+    add("--eager", action="store_true", help="GPU: launch every kernel of a decode step from Python instead of recording the step")
     add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
     add("--nf4", action=flag, default=True, help="4-bit base (QLoRA)")
     add("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third more time")
@@ -522,7 +523,7 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     images = encode_images(student, [path for d in batch for path in d["images"]])
     if dense:
         fold(student, dense)
-    talks = rollout(student, batch, keys, timed, args, images, dense)
+    talks = rollout(student, batch, keys, timed, args, images, dense, False if args.eager else None)
     if not any(t.turns for t in talks):
         fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
     rolled = time.time()

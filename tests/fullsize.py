@@ -37,7 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 # depth, heads) of the tower: the public config.json
 SIZES = {"3b": ((2048, 11008, 36, 16, 2, 151936, True), (1280, 3420, 32, 16)),
          "7b": ((3584, 18944, 28, 28, 4, 152064, False), (1280, 3420, 32, 16)),
-         "tiny": ((128, 344, 2, 4, 1, 1536, False), (64, 128, 2, 4))}
+         "tiny": ((128, 344, 2, 4, 2, 1536, False), (64, 128, 2, 4))}
 SIDE = {"3b": 512, "7b": 512, "tiny": 56}  # pixels of a square image; 28 x 28 of them are a token
 RANK = 32  # of the adapters: the default of sft.py
 GIB = 2 ** 30
@@ -132,7 +132,7 @@ def plan(size, row, word=2, state=2 + 2 * 4 / 256, at_once=2 ** 26):
 def config(size, tok):
     (h, i, layers, heads, kv, vocab, tied), (vh, vi, depth, vheads) = SIZES[size]
     token = tok.convert_tokens_to_ids
-    section = [16, 24, 24] if h // heads == 128 else [4, 6, 6]  # halves of a head for time, height and width
+    section = [n * h // heads // 16 for n in (2, 3, 3)]  # of half a head, for time, height and width
     return Qwen2_5_VLConfig(
         text_config=dict(vocab_size=vocab, hidden_size=h, intermediate_size=i, num_hidden_layers=layers, num_attention_heads=heads,
                          num_key_value_heads=kv, max_position_embeddings=128000, rms_norm_eps=1e-6, bos_token_id=None,

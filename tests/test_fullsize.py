@@ -17,7 +17,7 @@ import fullsize
 import grpo
 import sft
 import toy
-from conftest import dialogue, grpo_args, scripted
+from conftest import dialogue, grpo_args, scripted, shake
 from test_rollout import actor, images_of, keys_of, play  # noqa: F401, actor is a fixture
 
 PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656}  # weights, by the index of the published checkpoints
@@ -32,7 +32,7 @@ def tok():
 def small(tmp_path_factory, tok):
     """A folder with the 7B's shape: more heads than keys, an lm_head of its own, images of up to 12.8 M pixels."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(fullsize.SIZES, "small", ((128, 688, 2, 4, 1, 1536, False), (64, 128, 2, 4)))
+    patch.setitem(fullsize.SIZES, "small", ((256, 688, 2, 4, 2, 1536, False), (64, 128, 2, 4)))
     patch.setitem(fullsize.SIDE, "small", 56)
     patch.setattr(toy, "make_tokenizer", lambda rng: tok)
     folder = tmp_path_factory.mktemp("out") / "small"
@@ -151,6 +151,73 @@ def test_the_gpus_optimiser_goes_on_from_its_state(tmp_path):
     assert torch.equal(train([2, 3], torch.load(tmp_path / "state.pt"))["p"], train(range(4))["p"])
 
 
+# ---------------------------------------------------------------- merging
+
+@pytest.fixture
+def hub(small, tmp_path):
+    """-> f(rename): the base as the hub has it, in two files with an index."""
+    def make(rename=lambda key: key):
+        folder, weights = tmp_path / "hub", {rename(k): v for k, v in sft.load_file(small / "model.safetensors").items()}
+        folder.mkdir()
+        for file in small.iterdir():
+            if file.suffix in (".json", ".jinja"):
+                shutil.copy(file, folder)
+        (folder / "LICENSE").write_text("terms")
+        keys = sorted(weights)
+        for part in (1, 2):
+            sft.save_file({k: weights[k] for k in keys[part - 1::2]}, folder / f"model-{part:05}-of-00002.safetensors", {"format": "pt"})
+        names = {k: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, k in enumerate(keys)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        return folder
+    return make
+
+
+def learned(base, folder, r=8):
+    student = sft.load_student(base, nf4=False)
+    sft.add_lora(student, r, 2 * r)
+    shake(student, 0.02)
+    folder.mkdir()
+    sft.save_adapter(student, folder)
+    return student
+
+
+def merged(base, adapter, out):
+    sft.merge(sft.parse_args(["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(out)]))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])  # the hub's, and transformers 5's
+def test_a_merged_folder_is_the_base_with_other_weights(hub, bf16, mixed, tmp_path, prefix):  # traps 20, 21
+    base = hub(lambda key: key.replace("model.", prefix, 1) if key.startswith("model.") else key)
+    student, out = learned(base, tmp_path / "adapter"), tmp_path / "out"
+    merged(base, tmp_path / "adapter", out)
+    assert {f.name for f in out.iterdir()} == {f.name for f in base.iterdir()} | {"meta.json"}
+    assert all((out / f.name).read_bytes() == f.read_bytes() for f in base.iterdir() if f.suffix != ".safetensors")
+    changed = 0
+    for file in base.glob("*.safetensors"):
+        a, b = sft.load_file(file), sft.load_file(out / file.name)
+        assert a.keys() == b.keys() and all(b[k].dtype == a[k].dtype == torch.bfloat16 and a[k].shape == b[k].shape for k in a)
+        assert all(torch.equal(a[k], b[k]) for k in a if "visual" in k or "_proj.weight" not in k)
+        changed += sum(not torch.equal(a[k], b[k]) for k in a)
+    assert changed == 14  # seven linears in two layers
+    again, plain = sft.load_student(out, nf4=False), sft.load_student(base, nf4=False)
+    rows = [sft.render(again, d)[0] for d in mixed]
+    logps = lambda s: sft.reply_logps(s, rows, images_of(s, mixed))[0].detach()
+    whole, far = logps(student), (logps(plain) - logps(student)).abs().mean()
+    assert (logps(again) - whole).abs().mean() < far / 20 and far > 0.05
+
+
+def test_merging_an_adapter_of_another_model_is_bad_input(hub, small, base, tmp_path, capsys):  # trap 21
+    learned(base, tmp_path / "other")
+    folder = hub()
+    learned(folder, tmp_path / "part")
+    state = sft.load_file(tmp_path / "part/adapter_model.safetensors")
+    sft.save_file(dict([*state.items()][2:]), tmp_path / "part/adapter_model.safetensors")  # one layer's pair is missing
+    for adapter in ("other", "part", "nowhere"):
+        with pytest.raises(SystemExit) as stopped:
+            merged(folder, tmp_path / adapter, tmp_path / "out")
+        assert stopped.value.code == 2 and adapter in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- decoding
 
 @pytest.mark.parametrize("block", [16, 512])
@@ -213,11 +280,11 @@ def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
 # ---------------------------------------------------------------- memory by arithmetic
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made under it held at one time: what a GPU's allocator would have counted."""
+    """The most bytes that tensors made under it, other than known ones, held at one time: what a GPU's allocator counts."""
 
-    def __init__(self):
+    def __init__(self, known=()):
         super().__init__()
-        self.now, self.most, self.live = 0, 0, {}
+        self.now, self.most, self.live = 0, 0, {t.untyped_storage()._cdata: 0 for t in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -252,7 +319,7 @@ def test_planned_memory_of_a_late_prompt(small, bf16):
     cache = grpo.Cache(student.base.config.text_config, rows, behind + 16, torch.bfloat16, "cpu")
     cache.used, cache.attend[:, :behind] = behind, True
     ids = torch.full((rows, 8), 20)
-    with torch.no_grad(), Peak() as peak:
+    with torch.no_grad(), Peak([*student.base.parameters(), *cache.kv]) as peak:
         sft.hidden_states(student, ids, ids.expand(3, -1, -1), [], cache.mask(ids > 0), cache)
     planned = fullsize.plan("small", dict(fullsize.GRPO, prompts=16, group=4, user=0, reply=8, columns=behind + 16, micro=1))
     assert planned["prompt"] == pytest.approx(peak.most, rel=0.15)
