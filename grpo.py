@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import judge
 import tcsr
-from sft import (Row, adamw, add_lora, add_user, begin, encode_images, hidden_states, load_adapter, load_student,
-                 micro_batches, mrope_positions, open_run, policy_logits, reply_logps, save_adapter, save_checkpoint, show_trained,
-                 step_or_skip, steps_left, use_adapter, write_line)
+from sft import (Row, adamw, add_lora, add_user, begin, encode_images, gather_object, hidden_states, join, load_adapter,
+                 load_student, micro_batches, mrope_positions, open_run, over_ranks, policy_logits, ranks, reply_logps,
+                 save_adapter, save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
 from synth import fail, image_png, read_dialogues, user_turns, write_meta
 from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
 
@@ -407,15 +407,17 @@ def update(student, talks, adv, images, args, optimizer):
         return logps
 
     student.model.train()
-    work = []  # (update, micro-batches with their reference and, if there are several updates, old log-probabilities)
-    for u in updates:
+    work, (rank, world) = [], ranks()
+    for u in updates:  # micro-batches with their reference and, if there are several updates, old log-probabilities
+        u = u[rank::world]
         batches = [[u[i] for i in b] for b in micro_batches([talks[n] for n in u], args.micro_tokens)]
         work.append([(b, scores(b, "reference") if args.beta else None,
                       scores(b, "policy") if len(updates) > 1 else None) for b in batches])
-    stats = {**dict.fromkeys(("loss", "kl", "clip", "entropy", "mismatch", "grad_norm"), 0.0), "skipped": 0}
+    means = ("loss", "kl", "clip", "entropy", "mismatch")
+    stats = {**dict.fromkeys((*means, "grad_norm"), 0.0), "skipped": 0}
     total = sum(map(len, said.values()))
-    for batches in work:
-        tokens, value = sum(len(said[n]) for batch, _, _ in batches for n in batch), 0.0
+    for u, batches in zip(updates, work):
+        tokens, value = sum(len(said[n]) for n in u), 0.0
         for batch, ref, old in batches:
             logps, entropy = reply_logps(student, [talks[n] for n in batch], images, args.temperature)
             sampled = torch.tensor([p for n in batch for p in talks[n].logps], device=logps.device)
@@ -430,7 +432,7 @@ def update(student, talks, adv, images, args, optimizer):
         norm, skipped = step_or_skip(optimizer, value)
         stats["grad_norm"] = np.maximum(stats["grad_norm"], norm).item()  # NaN stays NaN
         stats["skipped"] += skipped
-    return stats
+    return stats | dict(zip(means, over_ranks([stats[key] for key in means])))
 
 
 # ---------------------------------------------------------------- the loop
@@ -511,7 +513,7 @@ def load_policy(args):
 
 def train_step(step, batch, student, dense, optimizer, ask, args):
     """Rollouts, advantages, update. batch: B dialogues. -> (log line, talks, advantages (N, T))"""
-    begun, in_tutor, respond = time.time(), [], tutor_turn(ask, args)
+    begun, in_tutor, respond, (rank, world) = time.time(), [], tutor_turn(ask, args), ranks()
 
     def timed(talks):
         at = time.time()
@@ -523,7 +525,9 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     images = encode_images(student, [path for d in batch for path in d["images"]])
     if dense:
         fold(student, dense)
-    talks = rollout(student, batch, keys, timed, args, images, dense, False if args.eager else None)
+    mine = slice(len(batch) * rank // world, len(batch) * (rank + 1) // world)  # whole groups
+    talks = rollout(student, batch[mine], keys[mine], timed, args, images, dense, False if args.eager else None)
+    talks = gather_object(talks) if world > 1 else talks  # every process then knows all rollouts
     if not any(t.turns for t in talks):
         fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
     rolled = time.time()
@@ -545,6 +549,9 @@ def main(args):
                      ("save_every", args.save_every > 0)):
         if not ok:
             fail(f"--{flag} {getattr(args, flag)}: out of range")
+    join()
+    if args.prompts % ranks()[1]:
+        fail(f"--prompts {args.prompts}: the {ranks()[1]} processes need as many each")
     if args.threads:
         torch.set_num_threads(args.threads)
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:

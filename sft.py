@@ -16,6 +16,7 @@ Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one
 """
 
 import argparse
+import atexit
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks f
 
 import bitsandbytes
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -117,8 +121,8 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
     skip list with the start or the end of a name, so the tower is "model.visual"; and a list of one's own replaces the
     default one, which had kept lm_head.
     max_pixels: image budget, set at construction."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -442,7 +446,34 @@ def micro_batches(rows, budget):
             batch, real = [], 0
         batch.append(i)
         real += n
-    return batches + [batch]
+    return [b for b in [*batches, batch] if b]
+
+
+# ---------------------------------------------------------------- several processes: accelerate launch sft.py ..
+
+def join():
+    """Find the other processes of `accelerate launch`, if any. Rank 0 alone speaks, and see open_run, logs and saves."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and PartialState(cpu=not torch.cuda.is_available()).process_index > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def ranks():
+    """-> this process and the number of processes"""
+    there = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
+def over_ranks(numbers, params=()):
+    """-> the sums of numbers over all processes; gradients of params are summed in place. Each process has divided its
+    share by the tokens of all."""
+    if ranks()[1] == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=PartialState().device)
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for x in (sums, *(p.grad for p in params)):
+        torch.distributed.all_reduce(x)
+    return sums.tolist()
 
 
 # ---------------------------------------------------------------- a run that may be killed at any instant
@@ -475,9 +506,12 @@ def open_run(args, started, names, **more):
             break
         print(f"{folder} is torn: passed over", file=sys.stderr)
     begun = {"step_part", *names, *(folder.name for folder in folders)}  # all that a run without checkpoint leaves
-    if not args.resume or not run.checkpoint and {path.name for path in out.glob("*")} - begun:
+    if ranks()[0]:  # rank 0 alone logs and saves: what the others write is thrown away
+        args.out = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, args.out, True)
+    elif not args.resume or not run.checkpoint and {path.name for path in out.glob("*")} - begun:
         refuse_overwrite(out)
-    out.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if run.checkpoint:
         saved = json.loads((run.checkpoint / "meta.json").read_text(encoding="utf-8"))
         refuse_changes(args, run.meta, saved, {"out", "resume", "allow_changes", "save_every", "concurrency", "timeout"})
@@ -512,6 +546,8 @@ def is_whole(folder):
 def save_checkpoint(run):
     """Write OUT/step_NNNNNN/, there in full or not at all: adapter (a PEFT folder), optimiser, meta.json with the hashes of
     both and the lengths of the logs. The last two stay."""
+    if ranks()[0]:
+        return
     out = Path(run.args.out)
     part, folder = out / "step_part", out / f"step_{run.meta['step']:06}"
     shutil.rmtree(part, ignore_errors=True)
@@ -553,7 +589,9 @@ def steps_left(run, steps):
 def step_or_skip(optimizer, loss):
     """Clip the gradient to norm 1 and step; not if it or the loss is not finite, nor if it has exploded.
     -> (norm before clipping, 1 if skipped else 0)"""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
+    params = optimizer.param_groups[0]["params"]
+    loss, = over_ranks([loss], params)  # one decision for all
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     good = math.isfinite(loss) and norm < EXPLODED
     if good:
         optimizer.step()
@@ -585,11 +623,12 @@ def epoch_order(n, batch, seed, epoch):
 
 
 def loss_over(student, dialogues, args, backward=False):
-    """Mean negative log-likelihood per trained token. The sum of all micro-batches is divided by the number of tokens
-    of the whole step, so the split changes neither loss nor gradient."""
-    rows = [render(student, d, args.max_tokens)[0] for d in dialogues]
-    images = encode_images(student, [path for row in rows for path in row.images])
+    """Mean negative log-likelihood per trained token. The sum of all micro-batches of all processes is divided by the
+    number of tokens of the whole step, so the split changes neither loss nor gradient."""
+    rows, (rank, world) = [render(student, d, args.max_tokens)[0] for d in dialogues], ranks()
     tokens, total = sum(t >= 0 for row in rows for t in row.turn_id), 0.0
+    rows = rows[rank::world]
+    images = encode_images(student, [path for row in rows for path in row.images])
     for batch in micro_batches(rows, args.micro_tokens):
         with torch.set_grad_enabled(backward):
             logps, _ = reply_logps(student, [rows[i] for i in batch], images)
@@ -597,7 +636,7 @@ def loss_over(student, dialogues, args, backward=False):
         if backward:
             loss.backward()
         total += loss.item()
-    return total, tokens
+    return over_ranks([total])[0], tokens
 
 
 def show_trained(student, row):
@@ -648,6 +687,7 @@ LINE = ("step {step:4} | loss {loss:.4f} | grad {grad_norm:.3f} | {tokens} token
 def main(args):
     if min(args.batch, args.eval_every, args.save_every) < 1 or not 0 <= args.held_out < 1 or args.epochs <= 0:
         fail("--batch, --eval_every and --save_every must be 1 or more, --held_out a share below 1, --epochs above 0")
+    join()
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.time()

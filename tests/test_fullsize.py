@@ -1,11 +1,15 @@
 """What a 3B or a 7B on a GPU needs, on small models of the same shape: precision, memory, decoding, merging, two processes."""
 import json
+import os
 import random
 import shutil
+import socket
+import tempfile
 import weakref
 from collections import Counter
 from types import SimpleNamespace
 
+import accelerate
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -15,10 +19,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
 import fullsize
 import grpo
+import judge
 import sft
 import toy
 from conftest import dialogue, grpo_args, scripted, shake
-from test_rollout import actor, images_of, keys_of, play  # noqa: F401, actor is a fixture
+from test_rollout import actor, images_of, keys_of, moody, play, played, policy, run  # noqa: F401, two are fixtures
+from test_student import close, gradient
 
 PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656}  # weights, by the index of the published checkpoints
 
@@ -385,3 +391,93 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path, tok, capsys, monkeypatch):
     assert "| sft-8k |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="GPU"):
         fullsize.main(fullsize.parse_args(["--size", "3b"]))
+
+
+# ---------------------------------------------------------------- two processes
+
+def in_processes(work, folder, count=2):
+    """Run work(rank) in forked processes that find each other as those of `accelerate launch` do. -> what they return"""
+    def child(rank, port):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        accelerate.PartialState._reset_state()
+        tempfile.tempdir = str(folder)
+        torch.save(work(rank), folder / f"{rank}.pt")
+        torch.distributed.destroy_process_group()
+        os._exit(0)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [torch.multiprocessing.get_context("fork").Process(target=child, args=(rank, port)) for rank in range(count)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(60)
+        p.kill()
+    assert [p.exitcode for p in processes] == [0] * count
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+@pytest.mark.parametrize("per_update", [0, 2])
+def test_two_processes_learn_what_one_learns(played, tmp_path, per_update):
+    """Given the same rollouts: the gradient to 1e-6, the weights after three steps to 1e-5."""
+    learner, talks, adv, images = played
+
+    def work(rank):
+        if rank is not None:
+            sft.join()
+        args = grpo_args("--beta", "0.3", "--prompts", "4", "--group", "2", "--prompts_per_update", str(per_update))
+        student, stats = learner(), []
+        optimizer = sft.adamw(student, 1e-3)
+        step, seen = optimizer.step, []
+        optimizer.step = lambda: (seen.append(torch.cat([p.grad.flatten() for p in policy(student)])), step())
+        for _ in range(3):
+            stats.append(grpo.update(student, talks, adv, images, args, optimizer))
+        return seen, torch.cat([p.detach().flatten() for p in policy(student)]), stats
+    one = work(None)
+    for seen, weights, stats in in_processes(work, tmp_path):
+        assert len(seen) == len(one[0]) == (3 if per_update == 0 else 6)
+        close(seen[0], one[0][0], 1e-6)
+        close(weights, one[1], 1e-5)
+        for a, b in zip(stats, one[2]):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_two_processes_fine_tune_as_one(fresh, mixed, tmp_path):
+    def work(rank):
+        if rank is not None:
+            sft.join()
+        args, student = sft.parse_args("--model m --data d --out o".split()), fresh()
+        student.model.train()
+        loss, tokens = sft.loss_over(student, mixed, args, backward=True)
+        sft.over_ranks([], policy(student))
+        found = [loss, tokens, gradient(student)]
+        student.model.eval()
+        return [*found, sft.loss_over(student, mixed[:1], args)[0]]  # fewer dialogues than processes
+    one = work(None)
+    for loss, tokens, grad, held in in_processes(work, tmp_path):
+        assert (loss, tokens, held) == pytest.approx((one[0], one[1], one[3]), rel=1e-6)
+        close(grad, one[2], 1e-6)
+
+
+def test_a_run_of_two_processes_is_a_run_of_one(base, adapter, world, tmp_path, monkeypatch):
+    """Whole groups a process, the same noise: the same rollouts. Rank 0 alone logs and saves."""
+    monkeypatch.setattr(judge, "backend", lambda *_: moody)
+    flags = ["--adapter", str(adapter), "--format_bonus", "0", "--max_tokens", "400", "--epochs", "0.5", "--no-nf4"]
+    alone = run(base, world / "rl.jsonl", tmp_path / "one", *flags)
+    log = in_processes(lambda rank: run(base, world / "rl.jsonl", tmp_path / "two", *flags) if rank == 0 else
+                       run_silently(base, world / "rl.jsonl", tmp_path / "two", *flags), tmp_path)[0]
+    assert len(log) == len(alone) == 2
+    for a, b in zip(log, alone):
+        assert {k: v for k, v in a.items() if "seconds" not in k} == pytest.approx({k: v for k, v in b.items() if "seconds" not in k}, rel=1e-3, abs=1e-5, nan_ok=True)
+    book = lambda name: [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+    assert [[t["assistant"] for t in b["turns"]] for b in book("two")] == [[t["assistant"] for t in b["turns"]] for b in book("one")]
+    a, b = (sft.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    close(torch.cat([a[k].flatten() for k in b]), torch.cat([b[k].flatten() for k in b]), 1e-5)
+
+
+def run_silently(*args):
+    try:
+        run(*args)
+    except FileNotFoundError:  # its log went with its folder
+        pass
