@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient")
     add("--rollout_weights", choices=("dense", "base"), default="dense",
         help="sample from a dense copy with the adapter folded in, or from the base itself (less memory, slower)")
-    add("--eager", action="store_true", help="GPU: launch every kernel of a decode step from Python instead of recording the step")
+    add("--eager", action="store_true", help="GPU: every kernel of a decode step from Python, instead of a recorded step")
     add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
     add("--nf4", action=flag, default=True, help="4-bit base (QLoRA)")
     add("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third more time")
@@ -319,7 +319,8 @@ class FixedStep:
         return self.kv[layer][0], self.kv[layer][1]
 
     def step(self):
-        return next_token(self.student, self.ids, self.positions, [], self.mask, self, self.lm, self.uniform, self.temperature)
+        return next_token(self.student, self.ids, self.positions, [], self.mask, self, self.lm, self.uniform,
+                          self.temperature)
 
     def __call__(self, ids, positions, real, uniform):
         """ids, real (N, 1), positions (3, N, 1), uniform (N,) -> what next_token returns."""

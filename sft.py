@@ -60,7 +60,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         p = argparse.ArgumentParser("sft.py merge", description=merge.__doc__, formatter_class=judge.Help)
-        p.add_argument("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
+        p.add_argument("--model", required=True, help="Hugging Face folder or name of the base that was trained on")
         p.add_argument("--adapter", required=True, help="adapter of sft.py or grpo.py")
         p.add_argument("--out", required=True, help="folder for the merged model")
         return p.parse_args(argv[1:])
@@ -223,7 +223,7 @@ def merge(args):
         fail(f"--model or --adapter: {error}")
     # One name for a linear on both sides: the hub says model.layers.., transformers 5 model.language_model.layers..
     plain = lambda key: re.sub(r"^(base_model\.model\.)?(model\.)?(language_model\.)?", "", key).removesuffix(".weight")
-    a, b = ({plain(key.replace(f".lora_{x}", "")): w.float() for key, w in lora.items() if f".lora_{x}" in key} for x in "AB")
+    a, b = ({plain(k.replace(f".lora_{x}", "")): w.float() for k, w in lora.items() if f".lora_{x}" in k} for x in "AB")
     files, places = sorted(base.glob("*.safetensors")), {}
     for file in files:
         with safe_open(file, "pt") as weights:

@@ -10,11 +10,13 @@ grpo-8k-base: the same with 4 prompts, sampled from the NF4 base itself. decode-
 a cache of 2,048: tokens/s of our decode from bf16 and from NF4, and of transformers' generate() from bf16; bound: the time
 to read the bf16 weights and the allocated cache once. kernels: where a step of decode-40 spends its time.
 
-The second of two runs is reported. The tutor answers at once, from this process; replies never end early. Results are
-appended to --out as JSON lines, one a row. --size tiny is for the tests: seconds on a CPU, the same code.
+The second of two steps is reported, of the 8k rows the only one. The tutor answers at once, from this process; replies
+never end early. Peak GiB are the allocator's, without the CUDA context (some 0.5). Results are appended to --out as JSON
+lines, one a row. --size tiny is for the tests: seconds on a CPU, the same code.
 """
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -48,8 +50,8 @@ GRPO = dict(kind="grpo", prompts=8, group=5, weights="dense", micro=8192)
 DECODE = dict(kind="decode", behind=1800, columns=2048, new=(16, 144))
 ROWS = {**{f"sft-{n}k": dict(SFT, tokens=1024 * n) for n in (2, 4, 8)},
         "grpo": dict(GRPO, turns=6, user=50, reply=200, columns=2048),
-        "grpo-8k": dict(GRPO, turns=10, user=250, reply=512, columns=8192),
-        "grpo-8k-base": dict(GRPO, prompts=4, weights="base", turns=10, user=250, reply=512, columns=8192),
+        "grpo-8k": dict(GRPO, turns=10, user=250, reply=512, columns=8192, steps=1),
+        "grpo-8k-base": dict(GRPO, prompts=4, weights="base", turns=10, user=250, reply=512, columns=8192, steps=1),
         **{f"decode-{n}": dict(DECODE, rows=n) for n in (1, 5, 20, 40, 80)},
         "kernels": dict(DECODE, kind="kernels", rows=40)}
 TINY = {"sft-2k": dict(SFT, tokens=128),
@@ -98,18 +100,17 @@ def plan(size, row, word=2, state=2 + 2 * 4 / 256, at_once=2 ** 26):
     parts = {"weights": word * sum(rest.values()) + (nf4 if training else word * dense)}
 
     def update(tokens):
-        """A forward and backward over so many tokens with checkpointing: a state a layer; then, in one layer, what
-        autograd keeps of a recomputed forward and its backward: most are the copies in fp32 that the adapters read."""
-        k = h // heads * kv
-        layer = tokens * (46 * h + 14 * i + 8 * k + 24 * RANK) + word * h * i  # + one dequantised linear
-        logits = 4 * 3 * vocab * min(tokens, max(32, at_once // vocab)) + tokens * h * 2 * word
-        return {"gradients": 4 * adapter, "states": layers * tokens * h * word, "layer or logits": max(layer, logits)}
+        """A forward and backward over so many tokens with checkpointing: a state a layer, and in one layer what autograd
+        keeps of a recomputed forward and its backward, most of it the copies in fp32 that the adapters read. Logits have
+        come and gone by then: what they take beyond that layer."""
+        layer = tokens * (46 * h + 14 * i + 8 * (h // heads * kv) + 24 * RANK) + word * h * i  # + a dequantised linear
+        logits = 4 * 3 * vocab * min(tokens, max(32, at_once // vocab)) + 2 * word * tokens * h
+        return {"gradients": 4 * adapter, "activations": layers * tokens * h * word + layer,
+                "logits": max(0, logits - layer)}
 
     if row["kind"] == "sft":
         return {**parts, "adapters": 4 * adapter, "optimizer": state * adapter, **update(row["tokens"])}
     rows = row["prompts"] * row["group"] if training else row["rows"]
-    rollout = {"cache": layers * 2 * rows * kv * row["columns"] * (h // heads) * word,
-               "sampling": rows * vocab * (3 * 4 + 3 * 8)}  # logits in fp32, their distribution in fp64, with copies
 
     def prompt(tokens, columns):
         """A forward over so many new tokens a row: its MLP, with two products in fp32 where the adapter is not folded
@@ -117,12 +118,15 @@ def plan(size, row, word=2, state=2 + 2 * 4 / 256, at_once=2 ** 26):
         once more in the precision of the model)."""
         mlp = 2 * word + 2 * 4 if row.get("weights") == "base" else 3 * word
         return max(rows * tokens * (mlp * i + 4 * word * h), rows * columns * (2 * h * word + tokens * (1 + word)))
+
+    rollout = {"cache": layers * 2 * rows * kv * row["columns"] * (h // heads) * word,
+               "logits": rows * vocab * (3 * 4 + 3 * 8)}  # in fp32, and their distribution in fp64, with copies
     if not training:
-        return {**parts, **rollout, "prompt": prompt(row["behind"], row["behind"])}
+        return {**parts, **rollout, "activations": prompt(row["behind"], row["behind"])}
     parts |= {"dense copy": word * dense if row["weights"] == "dense" else 0, "adapters": 2 * 4 * adapter,
               "optimizer": state * adapter}
     first = (SIDE[size] // 28) ** 2 + row["user"] + 15  # the image is in the first turn
-    rollout["prompt"] = max(prompt(first, first), prompt(row["user"] + 8, row["columns"] - row["reply"]))
+    rollout["activations"] = max(prompt(first, first), prompt(row["user"] + 8, row["columns"] - row["reply"]))
     learn = update(max(row["micro"], row["columns"]))
     return {**parts, **max(rollout, learn, key=lambda x: sum(x.values()))}  # one after the other
 
@@ -134,18 +138,20 @@ def config(size, tok):
     token = tok.convert_tokens_to_ids
     section = [n * h // heads // 16 for n in (2, 3, 3)]  # of half a head, for time, height and width
     return Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=vocab, hidden_size=h, intermediate_size=i, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=kv, max_position_embeddings=128000, rms_norm_eps=1e-6, bos_token_id=None,
-                         eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+        text_config=dict(vocab_size=vocab, hidden_size=h, intermediate_size=i, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=128000,
+                         rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=token("<|im_end|>"),
+                         pad_token_id=token("<|endoftext|>"),
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}),
         vision_config=dict(depth=depth, hidden_size=vh, intermediate_size=vi, num_heads=vheads, out_hidden_size=h,
-                           fullatt_block_indexes=[*range(depth // 4 - 1, depth, depth // 4)] if depth > 4 else [depth - 1]),
+                           fullatt_block_indexes=[*range(depth - 1, -1, -8)][::-1]),  # of 32: 7, 15, 23, 31
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=tied)
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tied)
 
 
 def make_base(size, folder):
-    """A folder as the hub's, with random bf16 weights and a small tokenizer, so that the scripts' own loading is measured."""
+    """A folder as the hub's, with random bf16 weights and a small tokenizer: the scripts load it as they load any."""
     if (folder / "config.json").exists():
         return folder
     tok = toy.make_tokenizer(random.Random(0))
@@ -168,7 +174,8 @@ def dialogue(folder, name, turns, user, reply):
     path, side = folder / f"{name}.png", SIDE[folder.name]
     if not path.exists():
         Image.frombytes("RGB", (side, side), random.Random(name).randbytes(3 * side * side)).save(path)
-    messages = [m for _ in range(turns) for m in ({"role": "user", "content": words(user)}, {"role": "assistant", "content": words(reply)})]
+    said = (("user", words(user)), ("assistant", words(reply)))
+    messages = [{"role": role, "content": text} for _ in range(turns) for role, text in said]
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": words(user)}]
     return {"id": name, "seed_id": name, "kind": "red_team", "images": [str(path)], "messages": messages}
 
@@ -185,23 +192,32 @@ def dialogue_of(student, folder, name, tokens, user=50, reply=200):
 
 # ---------------------------------------------------------------- measured
 
+CUDA = torch.cuda.is_available()
+
+
 def now():
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def timed(module, name, seconds, key):
-    """Replace module.name by itself and a clock that adds to seconds[key]."""
-    real = getattr(module, name)
+def begin():
+    """Forget what is no longer used and the peak so far. -> now"""
+    gc.collect()  # models hold on to themselves
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return now()
 
+
+def timed(function, seconds, key):
+    """-> the function with a clock that adds to seconds[key]."""
     def wrapper(*args, **kwargs):
         begun = now()
-        out = real(*args, **kwargs)
+        out = function(*args, **kwargs)
         seconds[key] += now() - begun
         return out
-    setattr(module, name, wrapper)
-    return real
+    return wrapper
 
 
 def run_sft(row, base, folder):
@@ -209,11 +225,11 @@ def run_sft(row, base, folder):
     sft.add_lora(student, RANK, 2 * RANK)
     student.base.activation_checkpointing_enable({"use_reentrant": False})
     student.model.train()
-    args = sft.parse_args(["--model=-", "--data=-", "--out=-", f"--micro_tokens={row['tokens']}", f"--max_tokens={row['tokens']}"])
+    args = sft.parse_args(f"--model - --data - --out - --micro_tokens {row['tokens']} --max_tokens {row['tokens']}".split())
     optimizer = sft.adamw(student, args.lr)
     data = [dialogue_of(student, folder, f"picture-{n}", row["tokens"]) for n in range(row["batch"])]
     for _ in range(2):
-        begun = now()
+        begun = begin()
         sft.loss_over(student, data, args, backward=True)
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
@@ -223,9 +239,10 @@ def run_sft(row, base, folder):
 
 
 def run_grpo(row, base, folder):
-    args = grpo.parse_args(["--model", str(base), "--data=-", "--tutor=-", "--out=-", f"--prompts={row['prompts']}", f"--group={row['group']}",
-                            f"--max_turns={row['turns']}", f"--max_new={row['reply']}", f"--max_tokens={row['columns']}",
-                            f"--micro_tokens={row['micro']}", "--format_bonus=1"])  # with the gate babble is worth 0: all groups dead
+    flags = {"model": base, "data": "-", "tutor": "-", "out": "-", "prompts": row["prompts"], "group": row["group"],
+             "max_turns": row["turns"], "max_new": row["reply"], "max_tokens": row["columns"], "micro_tokens": row["micro"],
+             "format_bonus": 1}  # with the gate babble is worth 0: all groups dead
+    args = grpo.parse_args([f"--{k}={v}" for k, v in flags.items()])
     student = grpo.load_policy(args)
     student.allowed[student.end] = False  # no reply ends early
     dense = grpo.dense_copy(student) if row["weights"] == "dense" else None
@@ -236,39 +253,38 @@ def run_grpo(row, base, folder):
         return [json.dumps({"scores": {k: rng.randint(1, 10) for k in ("safety", "usefulness", "faithfulness")},
                             "next_turn": words(row["user"])}) for _ in requests]
 
-    def tutor_turn(ask, args):
-        inner.respond = real["tutor_turn"](ask, args)
-        timed(inner, "respond", seconds, "tutor")
-        return inner.respond
-    seconds, inner, real = Counter(), argparse.Namespace(), {}
-    for name, key in (("rollout", "rollout"), ("update", "update"), ("reply_logps", "log-probs"), ("fold", "fold")):
-        real[name] = timed(grpo, name, seconds, key)
-    real["tutor_turn"], grpo.tutor_turn = grpo.tutor_turn, tutor_turn
+    seconds, names = Counter(), ("rollout", "update", "reply_logps", "fold", "tutor_turn")
+    real = {name: getattr(grpo, name) for name in names}
+    for name in names[:-1]:
+        setattr(grpo, name, timed(real[name], seconds, name))
+    grpo.tutor_turn = lambda ask, args: timed(real["tutor_turn"](ask, args), seconds, "tutor")
     try:
-        for step in range(2):
+        for step in range(row.get("steps", 2)):
             seconds.clear()
-            begun = now()
+            begun = begin()
             line, talks, _ = grpo.train_step(step, batch, student, dense, optimizer, ask, args)
             seconds["step"] = now() - begun
     finally:
         for name, function in real.items():
             setattr(grpo, name, function)
     assert line["tokens"] == len(talks) * row["turns"] * row["reply"] and line["dead"] == 0 and line["cut"] == 0, line
-    parts = {"generate": seconds["rollout"] - seconds["tutor"], "tutor": seconds["tutor"], "log-probs": seconds["log-probs"],
-             "backward": seconds["update"] - seconds["log-probs"], "fold": seconds["fold"], "step": seconds["step"]}
+    parts = {"generate": seconds["rollout"] - seconds["tutor"], "tutor": seconds["tutor"],
+             "log-probs": seconds["reply_logps"], "backward": seconds["update"] - seconds["reply_logps"],
+             "fold": seconds["fold"], "step": seconds["step"]}
     return {"tokens_per_s": line["tokens"] / parts["generate"], "seconds": parts}
 
 
-def decoder(student, folder, row, lm=None):
+def decoder(student, row):
     """-> f(new): one reply of so many tokens for every row, after a prompt of row["behind"] tokens."""
     student.allowed[student.end] = False
-    one = {"id": "x", "images": [], "messages": [{"role": "user", "content": "-"}]}
-    one["messages"][0]["content"] = words(row["behind"] - len(sft.render(student, {**one, "messages": [
-        {"role": "user", "content": ""}, {"role": "assistant", "content": ""}]})[0].ids) + 1)
+    empty = sft.Row()
+    sft.add_user(student, empty, "", [])
+    one = {"id": "x", "images": [], "messages": [{"role": "user", "content": words(row["behind"] - len(empty.ids))}]}
 
     def reply(new):
         args = argparse.Namespace(max_tokens=row["columns"], max_new=new, temperature=1.0)
-        talks = grpo.rollout(student, [one] * row["rows"], [(n,) for n in range(row["rows"])], lambda t: [None] * len(t), args, {}, lm)
+        keys, last_turn = [(n,) for n in range(row["rows"])], lambda talks: [None] * len(talks)
+        talks = grpo.rollout(student, [one] * row["rows"], keys, last_turn, args, {})
         assert all(len(t.logps) == new for t in talks)
         return talks
     return reply
@@ -286,7 +302,8 @@ def speed(row, reply):
 
 def bandwidth():
     """Bytes/s of reading and writing memory."""
-    a, b = (torch.empty(GIB if torch.cuda.is_available() else GIB // 64, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu") for _ in range(2))
+    where = dict(dtype=torch.uint8, device="cuda" if CUDA else "cpu")
+    a, b = (torch.empty(GIB if CUDA else GIB // 64, **where) for _ in range(2))
     for _ in range(2):
         begun = now()
         for _ in range(8):
@@ -297,13 +314,14 @@ def bandwidth():
 
 def run_decode(row, base, folder):
     student = sft.load_student(base, nf4=False)
-    found = {"ours": speed(row, decoder(student, folder, row))}
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    begin()
+    found = {"ours": speed(row, decoder(student, row))}
+    peak = torch.cuda.max_memory_allocated() if CUDA else 0
 
     def generate(new):
         ids = torch.full((row["rows"], row["behind"]), sft.encode(student, words(1))[0], device=student.base.device)
-        out = student.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        out = student.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                    min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         assert out.shape[1] == row["behind"] + new
     found["generate()"] = speed(row, generate)
     lm, word = student.base.model.language_model, student.base.dtype.itemsize
@@ -311,38 +329,39 @@ def run_decode(row, base, folder):
     cache = grpo.Cache(lm.config, row["rows"], row["columns"], student.base.dtype, "meta")
     found["bound"] = row["rows"] * bandwidth() / (read + sum(kv.nbytes for kv in cache.kv))
     del student, lm, generate
+    begin()
     student = sft.load_student(base)
     sft.add_lora(student, RANK, 2 * RANK)
-    found["ours, NF4"] = speed(row, decoder(student, folder, row))
+    found["ours, NF4"] = speed(row, decoder(student, row))
     return {"tokens_per_s": found["ours"], "decode": found, "peak": peak}
 
 
 def run_kernels(row, base, folder):
     """Seconds of a decode step by kernel, the largest first: what to look at when the bound is far."""
-    reply, kind = decoder(sft.load_student(base, nf4=False), folder, row), torch.profiler.ProfilerActivity
+    reply, kind = decoder(sft.load_student(base, nf4=False), row), torch.profiler.ProfilerActivity
     reply(row["new"][0])
-    with torch.profiler.profile(activities=[kind.CUDA if torch.cuda.is_available() else kind.CPU]) as profile:
+    with torch.profiler.profile(activities=[kind.CUDA if CUDA else kind.CPU]) as profile:
         reply(row["new"][1])
-    table = profile.key_averages()
-    total = lambda e: e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total
-    top = sorted(table, key=total, reverse=True)[:12]
-    print(f"kernels of a prompt and {row['new'][1]} steps, {row['rows']} rows:")
-    for e in top:
-        print(f"{100 * total(e) / sum(map(total, table)):5.1f} %  {e.count:7}  {e.key[:100]}")
-    return {"seconds": {e.key[:60]: total(e) / 1e6 for e in top}}
+    kernels = {e.key: (e.self_device_time_total if CUDA else e.self_cpu_time_total, e.count) for e in profile.key_averages()}
+    total = sum(microseconds for microseconds, _ in kernels.values())
+    print(f"a prompt and {row['new'][1]} steps, {row['rows']} rows:")
+    for name, (microseconds, count) in sorted(kernels.items(), key=lambda kernel: -kernel[1][0])[:12]:
+        print(f"{100 * microseconds / total:5.1f} %  {count:7}  {name[:100]}")
+    return {"seconds": {"all kernels": total / 1e6}}
 
 
 # ---------------------------------------------------------------- the table
 
 def planned(size, name, rows):
-    parts = plan(size, rows[name])
-    return f"| {name} | {sum(parts.values()) / GIB:.1f} | " + ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items() if v) + " |"
+    parts = {part: bytes / GIB for part, bytes in plan(size, rows[name]).items() if bytes}
+    return f"| {name} | {sum(parts.values()):.1f} | {', '.join(f'{part} {gib:.1f}' for part, gib in parts.items())} |"
 
 
 def table(rows):
-    lines = ["| row | tokens/s | seconds or tokens/s | peak GiB | by arithmetic | card, date |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| row | tokens/s | of it: seconds; of decoding: tokens/s | peak GiB | by arithmetic | card, date |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for r in rows:
-        parts = ", ".join(f"{k} {v:.1f}" for k, v in r.get("decode", r.get("seconds", {})).items()) if r["row"] != "kernels" else "see the log"
+        parts = ", ".join(f"{k} {v:.1f}" for k, v in (r.get("decode") or r["seconds"]).items())
         rate, peak = (f"{r[k]:{f}}" if r.get(k) else "–" for k, f in (("tokens_per_s", ".0f"), ("peak", ".1f")))
         lines.append(f"| {r['size']} {r['row']} | {rate} | {parts} | {peak} | {r['plan']:.1f} | {r['card']}, {r['date']} |")
     return "\n".join(lines)
@@ -352,21 +371,20 @@ def main(args):
     rows = TINY if args.size == "tiny" else ROWS
     names = [n for n in rows if not args.only or n in args.only]
     if args.plan:
-        print(f"{args.size}, GiB by arithmetic (bf16, NF4 base while training, rank {RANK})\n\n| row | sum | of it |\n| --- | --- | --- |")
+        print(f"{args.size}, GiB by arithmetic: bf16, an NF4 base while training, rank {RANK}", "", sep="\n")
+        print("| row | sum | of it |", "| --- | --- | --- |", sep="\n")
         print("\n".join(planned(args.size, n, rows) for n in names if n != "kernels"))
         return
-    if args.size != "tiny" and not torch.cuda.is_available():
+    if args.size != "tiny" and not CUDA:
         sys.exit("a GPU is needed; --plan is what can be had without")
     folder = Path(args.out, args.size)
     folder.mkdir(parents=True, exist_ok=True)
     base, log = make_base(args.size, folder), Path(args.out, f"{args.size}.jsonl")
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    card = torch.cuda.get_device_name() if CUDA else "CPU"
     for name in names:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        begin()
         found = globals()[f"run_{rows[name]['kind']}"](rows[name], base, folder)
-        peak = found.pop("peak", None) or (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+        peak = found.pop("peak", None) or (torch.cuda.max_memory_allocated() if CUDA else 0)
         found |= {"size": args.size, "row": name, "card": card, "date": str(date.today()), "peak": peak / GIB,
                   "plan": sum(plan(args.size, rows[name]).values()) / GIB,
                   "versions": {m: version(m) for m in ("torch", "transformers", "peft", "bitsandbytes")}}
