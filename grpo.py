@@ -526,7 +526,7 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     images = encode_images(student, [path for d in batch for path in d["images"]])
     if dense:
         fold(student, dense)
-    mine = slice(*(args.prompts * r // world * args.group for r in (rank, rank + 1)))  # whole groups
+    mine = slice(*(len(batch) // args.group * r // world * args.group for r in (rank, rank + 1)))  # whole groups
     talks = rollout(student, batch[mine], keys[mine], timed, args, images, dense, False if args.eager else None)
     talks = gather_object(talks) if world > 1 else talks  # every process then knows all rollouts
     if not any(t.turns for t in talks):
