@@ -17,8 +17,7 @@ import eval  # noqa: E402
 
 def filled(text):
     def table(match):
-        command = [sys.executable, "eval.py", "report", *match[1].split(), "--markdown"]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        shown = subprocess.run([sys.executable, *match[1].split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         return f"<!-- table: {match[1]} -->\n{shown}\n<!-- /table -->"
 
     def lines(match):
