@@ -43,7 +43,7 @@ torture: .venv/test
 	for t in tests/test_*.py; do test -e out/$${t/tests/torture} || \
 		{ $(PY) -m pytest -q $$t -m torture || [ $$? -eq 5 ]; } && touch out/$${t/tests/torture} || exit 1; done
 
-# every arm of the reward, five seeds each: about 90 minutes; what is finished is not run again
+# every arm of the reward, five seeds each: about 100 minutes; what is finished is not run again
 ablation: .venv/toy
 	$(PY) tests/ablation.py
 

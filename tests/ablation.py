@@ -1,6 +1,6 @@
 """ablation.py: which part of the reward does the work? Eight arms in the toy world, five training seeds each.
 
-    make ablation                            # two processes of one thread, about 90 minutes on 2 cores; resumable
+    make ablation                            # two processes of one thread, about 100 minutes on 2 cores; resumable
     python tests/ablation.py --table         # the table again, as in the README, from tests/ablation.json
 
 For every seed `make toy` makes world, data, base, the SFT arm and the default GRPO arm. Each other arm repeats the last
