@@ -95,10 +95,10 @@ def straight(base, adapter, world, tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_twice_and_interrupted_it_ends_in_the_same_bits(straight, tmp_path, stage):
     (argv, expected), out = straight[stage], tmp_path / "out"
-    for what, after in ((signal.SIGKILL, 1), (signal.SIGINT, 5), (signal.SIGKILL, 9)):
+    for what, after, more in ((signal.SIGINT, 1, 0), (signal.SIGKILL, 4, 0.1), (signal.SIGKILL, 8, 0.1)):
         process = start(stage, argv, out, "--resume")
         wait_for(process, out, after)
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(random.uniform(0, more))
         os.kill(process.pid, what)
         process.join()
         assert process.exitcode in ((130,) if what == signal.SIGINT else (-signal.SIGKILL, 0))  # 0: the kill came too late
@@ -373,7 +373,7 @@ def test_the_tutors_seconds_are_not_the_students(straight, tmp_path, monkeypatch
     monkeypatch.setattr(judge, "backend", lambda *_: lambda requests: time.sleep(0.5) or moody(requests))
     grpo.main(args_of("grpo", argv, tmp_path / "out"))
     line = strict((tmp_path / "out/log.jsonl").read_text())
-    assert 1 <= line["seconds_tutor"] < 1.2 and line["seconds_generate"] < 0.9  # two turns
+    assert line["seconds_tutor"] >= 1 > line["seconds_generate"]  # two turns
 
 
 def test_terminals_are_safe_from_what_strangers_write(student, tmp_path, capsys):
