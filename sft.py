@@ -686,8 +686,8 @@ LINE = ("step {step:4} | loss {loss:.4f} | grad {grad_norm:.3f} | {tokens} token
 def main(args):
     if min(args.batch, args.eval_every, args.save_every, args.lora_r) < 1 or not 0 <= args.held_out < 1 or not (
             0 < args.epochs < math.inf and 0 <= args.lr < math.inf):
-        fail("--batch, --eval_every, --save_every and --lora_r must be 1 or more, --held_out a share below 1, --epochs above 0, "
-             "--lr a number")
+        fail("--batch, --eval_every, --save_every and --lora_r must be 1 or more, --held_out a share below 1, "
+             "--epochs above 0, --lr a number")
     join()
     if args.threads:
         torch.set_num_threads(args.threads)
