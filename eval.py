@@ -212,9 +212,11 @@ def trained_against(args):
 
 
 def run(args):
-    from synth import about, fail, lines, read_dialogues, refuse_changes, refuse_overwrite, write_whole
+    from synth import about, fail, lines, printable, read_dialogues, refuse_changes, refuse_overwrite, write_whole
     if args.mode == "report":
         return publish(results([args.out]), [args.out], args.out)
+    if min(args.batch, args.max_new) < 1:
+        fail("--batch and --max_new must be 1 or more")
     if "adaptive" in args.attacker and not args.tutor:
         fail("--attacker adaptive needs a --tutor")
     if unknown := {*args.strategies} - {*judge.STRATEGIES}:
@@ -233,6 +235,8 @@ def run(args):
     started, samples, path = time.time(), {}, Path(args.out, "samples.jsonl")
     meta = {**about(args), "name": args.name, "warnings": trained_against(args), "seconds": 0.0,
             "judge": judge.identity(args.judge, judge.JUDGE_SYSTEM, model=args.judge_model)}
+    if "adaptive" in args.attacker:
+        meta["attacker"] = [args.strategies, judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model)]
     if not generates or args.resume and Path(args.out, "meta.json").exists():
         found, was = load_run(args.out)
         samples = {(sample["id"], sample["attacker"]): sample for sample in found}
@@ -246,7 +250,10 @@ def run(args):
         refuse_overwrite(args.out)
     if generates:
         dialogues = read_dialogues(args.data, args.skip_bad, args.allow_outside)
-        meta["n_samples"] = len(dialogues) * len(args.attacker)
+        ids = {d["id"] for d in dialogues}
+        samples = {key: sample for key, sample in samples.items() if key[0] in ids}  # --allow_changes: of other data
+        wanted = {*itertools.product(ids, args.attacker)}
+        meta["n_samples"] = len(wanted | {*samples})
 
     def write_all():  # samples in order, the last line of each, none of them torn
         write_whole(path, lines(samples[key] for key in sorted(samples)))
@@ -259,14 +266,14 @@ def run(args):
 
     write_all()
     for warning in meta["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     with open(path, "a", encoding="utf-8") as f:
         waiting = [s for s in samples.values() if any(turn["verdict"] is None for turn in s["turns"])] if judges else []
         for i in range(0, len(waiting), args.batch):
             append(judge_samples(asks["judge"], waiting[i:i + args.batch]))
         # a served student may reply the next time; what has no room in --max_tokens never will
         done = {key for key, sample in samples.items() if not (sample["error"] and args.endpoint)}
-        for batch in infer(args, asks, dialogues, done) if generates and len(done) < meta["n_samples"] else []:
+        for batch in infer(args, asks, dialogues, done) if generates and wanted - done else []:
             append(batch)  # what was generated is on disk before the judge is asked
             if judges:
                 append(judge_samples(asks["judge"], batch))
@@ -462,19 +469,9 @@ def paired_t(by_seed):  # {training seed: B - A}: the spread over training runs,
 
 
 def load_run(folder):
-    """-> (samples, meta). A dialogue that was judged, or redone, was appended again: the last line of (id, attacker)
-    counts. A torn last line, left by a kill, is a dialogue still to do."""
-    samples, path = {}, Path(folder, "samples.jsonl")
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                sample = json.loads(line)
-                samples[sample["id"], sample["attacker"]] = sample
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a sample ({error!r})") from None
-    return list(samples.values()), json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
+    """-> (samples, meta). A dialogue that was judged, or redone, was appended again."""
+    from synth import read_log, read_meta
+    return [*read_log(Path(folder, "samples.jsonl"), "id", "attacker").values()], read_meta(folder, "data", "name", "judge")
 
 
 def verdicts_of(sample):
@@ -626,12 +623,12 @@ def compare_survival(a, b, ids):
 
 def fingerprint(meta, key):
     """What two runs must share to be compared: the judge's identity, or the data's hashes wherever the files lie."""
-    part = sorted(meta["data"].values()) if key == "data" else meta[key]
+    part = sorted(meta["data"].values()) if key == "data" else meta.get(key)
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def results(folders):
-    """results.json of one run folder or of several, merged; refuses arms that differ in more than the student."""
+    """results.json of one run folder or of several, merged; refuses arms of another judge, other data or another attacker."""
     runs = {}
     if not folders:
         raise ValueError("none of these folders holds samples.jsonl: no run of eval.py")
@@ -640,16 +637,16 @@ def results(folders):
         if meta["name"] in runs:
             raise ValueError(f"{folder}: a second run called {meta['name']!r}")
         runs[meta["name"]] = samples, meta
-    for key in ("judge", "data"):
-        prints = {name: fingerprint(meta, key) for name, (_, meta) in runs.items()}
-        if len(set(prints.values())) > 1:
-            raise ValueError(f"these runs used a different {key} and cannot be compared: "
-                             + ", ".join(f"{name} {value}" for name, value in prints.items()))
     by = {attacker: {name: [s for s in samples if s["attacker"] == attacker] for name, (samples, _) in runs.items()}
           for attacker in ("adaptive", "static")}
     attacker = next((attacker for attacker, arms in by.items() if all(arms.values())), None)
     if attacker is None:
         raise ValueError("the runs share no attacker: some hold only static, some only adaptive dialogues")
+    for key in ("judge", "data", "attacker") if attacker == "adaptive" else ("judge", "data"):
+        prints = {name: fingerprint(meta, key) for name, (_, meta) in runs.items()}
+        if len(set(prints.values())) > 1:
+            raise ValueError(f"these runs used a different {key} and cannot be compared: "
+                             + ", ".join(f"{name} {value}" for name, value in prints.items()))
     arms, static = by[attacker], by["static"] if attacker == "adaptive" else {}
     complete = all(None not in verdicts_of(s) for samples, _ in runs.values() for s in samples)
     complete = complete and all(len(samples) >= meta.get("n_samples", 0) for samples, meta in runs.values())
@@ -741,9 +738,11 @@ def seed_tables(runs):
 
 
 def print_tables(shown):
+    from synth import printable
     for title, header, rows in shown:
         if not rows:
             continue
+        rows = [[printable(cell) for cell in row] for row in rows]  # names of subsets come from the data
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [header, *rows]]
         print(f"\n{title}", lines[0], "─" * len(lines[0]), *lines[1:], sep="\n")
@@ -764,15 +763,14 @@ def fill_report(template, data):
 
 
 def main(argv):
+    from synth import fail
     words = {"compare": compare_runs, "report": report}
     try:
         words[argv[0]](argv[1:]) if argv and argv[0] in words else run(parse_args(argv))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on", file=sys.stderr)
-        sys.exit(1)
+        fail("interrupted: the same command with --resume goes on", code=1)
 
 
 if __name__ == "__main__":

@@ -545,7 +545,8 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
 
 def main(args):
     for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("prompts_per_update", args.prompts_per_update >= 0),
-                     ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1), ("epochs", args.epochs > 0),
+                     ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1),
+                     ("epochs", 0 < args.epochs < math.inf), ("lr", 0 <= args.lr < math.inf),
                      ("max_turns", args.max_turns > 0), ("max_new", args.max_new > 0),
                      ("save_every", args.save_every > 0)):
         if not ok:

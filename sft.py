@@ -509,9 +509,8 @@ def open_run(args, started, names, **more):
     if ranks()[0]:  # rank 0 alone logs and saves: what the others write is thrown away
         args.out = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, args.out, True)
-    elif not args.resume or not run.checkpoint and {path.name for path in out.glob("*")} - begun:
+    elif not args.resume or not run.checkpoint and (not out.is_dir() or {path.name for path in out.iterdir()} - begun):
         refuse_overwrite(out)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     if run.checkpoint:
         saved = json.loads((run.checkpoint / "meta.json").read_text(encoding="utf-8"))
         refuse_changes(args, run.meta, saved, {"out", "resume", "allow_changes", "save_every", "concurrency", "timeout"})
@@ -564,7 +563,7 @@ def save_checkpoint(run):
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     run.checkpoint = folder
-    for old in sorted(out.glob("step_??????"))[:-2]:
+    for old in sorted(f for f in out.glob("step_??????") if f.name <= folder.name)[:-2]:  # later ones are torn
         shutil.rmtree(old)
 
 
@@ -668,7 +667,7 @@ def train_and_held_out(student, dialogues, args):
         try:
             rows[d["id"]] = render(student, d, args.max_tokens)
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
     if not rows or len(rows) < len(dialogues) and not args.skip_bad:
         fail(f"{len(dialogues) - len(rows)} of {len(dialogues)} dialogues cannot be trained on")
     dialogues = [d for d in dialogues if d["id"] in rows]
@@ -685,8 +684,10 @@ LINE = ("step {step:4} | loss {loss:.4f} | grad {grad_norm:.3f} | {tokens} token
 
 
 def main(args):
-    if min(args.batch, args.eval_every, args.save_every) < 1 or not 0 <= args.held_out < 1 or args.epochs <= 0:
-        fail("--batch, --eval_every and --save_every must be 1 or more, --held_out a share below 1, --epochs above 0")
+    if min(args.batch, args.eval_every, args.save_every, args.lora_r) < 1 or not 0 <= args.held_out < 1 or not (
+            0 < args.epochs < math.inf and 0 <= args.lr < math.inf):
+        fail("--batch, --eval_every, --save_every and --lora_r must be 1 or more, --held_out a share below 1, "
+             "--epochs above 0, --lr a number")
     join()
     if args.threads:
         torch.set_num_threads(args.threads)

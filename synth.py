@@ -99,7 +99,8 @@ def parse_args(argv=None):
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for sft.jsonl, rl.jsonl, bench.jsonl and images/")
-    add("--resume", action="store_true", help="go on with the run in --out; only addresses and speed of back ends may differ")
+    add("--resume", action="store_true", help="go on with the run in --out; addresses and speed of back ends may differ")
+    add("--allow_changes", action="store_true", help="resume although arguments or seeds are not those it began with")
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
     every = [*judge.STRATEGIES]
@@ -117,7 +118,7 @@ def parse_args(argv=None):
 
 def fail(*lines, code=2):
     """One clear word instead of a traceback. Exit codes: 1 failed or incomplete, 2 usage or bad input."""
-    print(*lines, sep="\n", file=sys.stderr)
+    print(*(printable(str(line), keep="\n") for line in lines), sep="\n", file=sys.stderr)
     sys.exit(code)
 
 
@@ -147,6 +148,21 @@ def write_whole(path, text):
     os.replace(f"{path}.part", path)
 
 
+def read_log(path, *keys):
+    """{values of the keys: record} of JSONL that grows while a script runs. A record that was made anew was appended again:
+    the last counts. A torn last line, left by a kill, is a record still to make."""
+    found, rows = {}, path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines(): that splits at U+2028 too
+    for number, row in enumerate(rows, 1):
+        try:
+            if row.strip():
+                record = json.loads(row)
+                found[tuple(record[key] for key in keys)] = record
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(rows):
+                raise ValueError(f"{path}:{number}: damaged ({error!r})") from None
+    return found
+
+
 def data_hashes(args):
     paths = getattr(args, "data", None) or getattr(args, "seeds", None) or []
     return {str(p): file_hash(p) for p, _ in data_files(paths)}  # two folders may have files of one name
@@ -173,13 +189,26 @@ def about(args):
 def refuse_changes(args, meta, saved, free):
     """--resume: name the arguments, and the data and adapter by what is in them, that differ from those of `saved`, and stop
     unless --allow_changes. `free` ones may differ."""
-    kept = [{**m["args"], "data": [*m["data"].values()], "adapter": m.get("adapter")}
+    data = "seeds" if "seeds" in meta["args"] else "data"
+    kept = [{**m["args"], data: [*m["data"].values()], "adapter": m.get("adapter")}
             for m in (json.loads(json.dumps(meta)), saved)]
     changed = [f"--{k}" for k in kept[0] if k not in free and kept[0][k] != kept[1].get(k)]
     if changed and not args.allow_changes:
         fail(f"{args.out} was begun with another {', '.join(changed)}; --allow_changes goes on all the same")
     if changed:
         print(f"going on with another {', '.join(changed)}")
+
+
+def read_meta(folder, *keys):
+    """meta.json of a run that began earlier. Raises ValueError where it lacks a key, and so is damaged or another's."""
+    path = Path(folder, "meta.json")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if {*keys} <= meta.keys():
+            return meta
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path}: damaged, or of something else")
 
 
 def write_meta(args, started, /, **more):
@@ -431,7 +460,7 @@ def split_seeds(seeds, shares, seed):
             x = group[x]
         return x
     for s in seeds:
-        s["image_hash"] = hashlib.sha256(Path(s["folder"], s["image"]).read_bytes()).hexdigest()
+        s["image_hash"] = file_hash(Path(s["folder"], s["image"]))
         a, b = sorted((find(s["seed_id"]), find("image " + s["image_hash"])))
         group[b] = a
     fixed = {}
@@ -542,36 +571,18 @@ def dialogue_of(seed, plan, said):
             "messages": messages}
 
 
-def refuse_other_run(args):
-    """--resume: stop, and name them, when data or arguments are not those in meta.json. Back ends may stand
-    elsewhere: an address changes when a server starts again."""
-    path = Path(args.out, "meta.json")
-    if not path.exists():
-        return refuse_overwrite(args.out)
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
-    free = ("seeds", "generator", "target", "concurrency", "timeout", "out", "resume")
-    changed = [f"--{k}" for k in now if k not in free and before["args"].get(k) != now[k]]
-    changed += ["the data"] * (sorted(before["data"].values()) != sorted(data_hashes(args).values()))
-    if changed:
-        fail(f"{args.out} is of another run: {', '.join(changed)} changed")
-
-
 def read_journal(path):
-    """{id: record} of what is done; a torn last line, left by a kill, is cut off, and what failed is to be done again."""
-    text = path.read_bytes().decode("utf-8", "ignore") if path.exists() else ""
-    if not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        write_whole(path, text)
-    rows = map(json.loads, text.split("\n")[:-1])  # not splitlines(): it also splits at U+2028 in a reply
-    return {r["id"]: r for r in rows if r.get("why") != "no usable reply"}
+    """{id: record} of what is done; what failed is to be done again."""
+    made = {r["id"]: r for r in read_log(path, "id").values() if r.get("why") != "no usable reply"}
+    write_whole(path, lines(made.values()))  # without a torn last line
+    return made
 
 
-def make_dialogues(seeds, ask, target, args):
-    """-> {id: record of the journal}, of all seeds. Written as they are done, so that a stop loses little."""
+def make_dialogues(seeds, made, ask, target, args):
+    """made: {id: record of the journal} -> the same of all seeds. Written as they are done, so that a stop loses little."""
     path, groups = Path(args.out, "journal.jsonl"), {}
     for s in sorted(seeds, key=lambda s: bool(s.get("twin_of"))):  # a seed before its twins
         groups.setdefault(s.get("twin_of") or s["id"], []).append(s)
-    made = read_journal(path)
     for g in groups.values():
         if g[0].get("twin_of"):
             made |= {s["id"]: {"id": s["id"], "why": "its seed is missing"} for s in g}
@@ -648,11 +659,19 @@ def main(args):
         drawn = random.Random(f"{args.seed}/{s['id']}").random()
         if s.get("source") and s["kind"] == "red_team" and drawn < args.obfuscated:
             s["kind"] = "obfuscated"
-    refuse_other_run(args) if args.resume else refuse_overwrite(args.out)
     started = time.time()
+    try:
+        if args.resume and Path(args.out, "meta.json").exists():  # an address changes when a server starts again
+            free = {"generator", "target", "concurrency", "timeout", "out", "resume", "allow_changes"}
+            refuse_changes(args, about(args), read_meta(args.out, "args", "data"), free)
+        else:
+            refuse_overwrite(args.out)
+        made = read_journal(Path(args.out, "journal.jsonl"))
+    except ValueError as error:
+        fail(error)
     write_meta(args, started)
     Path(args.out, "images").mkdir(exist_ok=True)
-    failed = write_splits(seeds, make_dialogues(seeds, ask, target, args), args)
+    failed = write_splits(seeds, make_dialogues(seeds, made, ask, target, args), args)
     write_meta(args, started)
     if failed:
         fail(f"{failed} seeds failed: their attacker or defender gave no usable reply; --resume asks again", code=1)
@@ -704,7 +723,7 @@ def audit(folder):
     splits = {p.stem: read_dialogues([str(p)]) for p in files if p.exists() and p.stat().st_size}
     if not splits:
         fail(f"{folder}: no sft.jsonl, rl.jsonl or bench.jsonl with dialogues in it")
-    pictures = {name: {hashlib.sha256(Path(i).read_bytes()).hexdigest() for d in rows for i in d["images"]}
+    pictures = {name: {file_hash(i) for d in rows for i in d["images"]}
                 for name, rows in splits.items()}
     words, leaks = {name: [spoken(d) for d in rows] for name, rows in splits.items()}, 0
     for a, b in itertools.combinations(splits, 2):

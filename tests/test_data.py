@@ -452,20 +452,32 @@ def test_two_files_of_one_name_are_two_files(folder, capsys):
     write(folder / "a", seed(id="a", seed_id="a", question="another"), name="seeds.jsonl")
     with pytest.raises(SystemExit):
         run_on(folder.parent, "--resume", seeds="data")
-    assert "the data changed" in capsys.readouterr().err
+    assert "another --seeds;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--seed", "1"], "--seed"), (["--rl_strategies", "yes_ladder", "--obfuscated", "0"], "--obfuscated, --rl_strategies"), ([], "the data")])
+    (["--seed", "1"], "--seed"), (["--rl_strategies", "yes_ladder", "--obfuscated", "0"], "--obfuscated, --rl_strategies"), ([], "--seeds")])
 def test_a_run_is_not_gone_on_with_as_another(toy_seeds, capsys, words, named):
     run_on(toy_seeds)
     if not words:
         with open(toy_seeds / "seeds.jsonl", "a") as f:
             f.write(json.dumps(json.loads((toy_seeds / "seeds.jsonl").read_text().splitlines()[0]) | {"id": "new"}) + "\n")
-    for more, reason in (([], "not empty"), (["--resume"], f"{named} changed")):
+    for more, reason in (([], "not empty"), (["--resume"], f"another {named};")):
         with pytest.raises(SystemExit) as stopped:
             run_on(toy_seeds, *words, *more)
         assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_damaged_journal_or_meta_is_named_and_changes_can_be_allowed(toy_seeds, capsys):
+    whole = run_on(toy_seeds)
+    assert run_on(toy_seeds, "--resume", "--allow_changes", "--concurrency", "3", "--obfuscated", "0.1") == whole
+    for name, said in (("journal.jsonl", "journal.jsonl:1: damaged"), ("meta.json", "meta.json: damaged")):
+        path = toy_seeds / "out" / name
+        path.write_text("{\n" + path.read_text())
+        with pytest.raises(SystemExit) as stopped:
+            run_on(toy_seeds, "--resume", "--obfuscated", "0.1")
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in error and error.count("\n") == 1
 
 
 def killed_and_resumed(folder, kills, seed):

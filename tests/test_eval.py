@@ -284,7 +284,52 @@ def test_what_was_begun_otherwise_is_named_and_stops(world, served, tmp_path, ca
     assert go("--resume", "--allow_changes", "--batch", "2")[0] == 0 and files(tmp_path / "a")[0] == before[0]
 
 
+def test_what_other_data_or_attackers_ask_for_is_made_when_changes_are_allowed(world, served, tmp_path):
+    rows, out = (world / "bench.jsonl").read_text().splitlines(keepends=True), tmp_path / "a"
+    for name, part in (("one", rows[:5]), ("two", rows[3:8])):
+        shutil.copytree(world / "images", tmp_path / name / "images")
+        (tmp_path / name / "bench.jsonl").write_text("".join(part))
+    go = lambda name, *attackers: run(*words(tmp_path / name, out, *served.words, "--resume", "--allow_changes"),
+                                      "--attacker", *attackers)
+    made = lambda: {(json.loads(rows[i])["id"], a): i for a in ("adaptive", "static") for i in range(8)}
+    held = lambda: sorted((made()[s["id"], s["attacker"]], s["attacker"]) for s in E.load_run(out)[0])
+    assert go("one", "static") == 0 and held() == [(i, "static") for i in range(5)]
+    assert go("one", "adaptive") == 0 and held() == [(i, a) for i in range(5) for a in ("adaptive", "static")]
+    assert go("two", "static") == 0  # of the others some are no longer in the data; their attacker stays
+    assert held() == [(3, "adaptive"), (3, "static"), (4, "adaptive"), (4, "static"), *((i, "static") for i in (5, 6, 7))]
+
+
+def test_a_folder_of_something_else_is_one_line(world, served, tmp_path, capsys):
+    for name, text in (("sft", '{"args": {}, "data": {}, "seconds": 1}'), ("list", "[]"), ("torn", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(text)
+        assert run(*words(world, tmp_path / name, *served.words, "--resume", "--allow_changes")) == 2
+        said = capsys.readouterr().err
+        assert f"{name}/meta.json: " in said and said.count("\n") == 1
+
+
+def test_arms_under_different_attackers_are_not_compared(world, served, tmp_path, capsys):
+    for name, more in (("a", []), ("b", ["--strategies", "yes_ladder"]), ("c", ["--attacker", "static", "--strategies", "yes_ladder"])):
+        assert run(*words(world, tmp_path / name, *served.words, "--name", name, *more)) == 0
+    assert run("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "ab") == 2
+    assert "different attacker" in capsys.readouterr().err
+    assert run("compare", tmp_path / "a", tmp_path / "c", "--out", tmp_path / "ac") == 0  # the static one is none
+
+
 # ---------------------------------------------------------------- what else it says
+
+def test_what_strangers_wrote_moves_nothing_on_the_terminal(world, served, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "data")
+    rows = [json.loads(line) for line in (tmp_path / "data/bench.jsonl").read_text().splitlines()]
+    rows[0] |= {"id": "\x1b[31m\nid", "category": "\x1b[2J\ncategory"}
+    (tmp_path / "data/bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(*words(tmp_path / "data", tmp_path / "a", *served.words)) == 0
+    synth.image_png.cache_clear()
+    Path(tmp_path / "data", rows[0]["images"][0]).unlink()
+    assert run(*words(tmp_path / "data", tmp_path / "a", *served.words, mode="report")) == 2
+    said = capsys.readouterr()
+    assert "\\x1b[2J\\ncategory" in said.out and "\\x1b[31m" in said.err and "\x1b" not in said.out + said.err
+
 
 def test_a_picture_that_is_gone_is_named_with_its_dialogue(world, served, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "data")

@@ -204,6 +204,20 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word(done, tmp_path, capsys):
     assert run("grpo", argv, run_of_one, "--resume") is None and outcome(run_of_one) == outcome(out)
 
 
+def test_a_torn_checkpoint_is_none_of_the_last_two(done, tmp_path, monkeypatch):
+    argv, out = done
+    out = shutil.copytree(out, tmp_path / "out")
+    (out / "step_000012/meta.json").unlink()
+    save = sft.save_checkpoint
+
+    def once(run):
+        save(run)
+        raise SystemExit(99)
+    monkeypatch.setattr(sft, "save_checkpoint", once)
+    assert run("grpo", argv, out, "--resume", "--save_every", "1") == 99
+    assert [f.name for f in sorted(out.glob("step_*")) if sft.is_whole(f)] == ["step_000009", "step_000010"]
+
+
 def test_killed_at_any_file_operation_of_a_save_the_newest_whole_one_is_there(done, student, tmp_path):
     """A process of its own for each: it saves step 15 where 9 and 12 are, and dies at its nth touch of the disk."""
     argv, out = done
@@ -282,6 +296,7 @@ def test_resume_starts_anew_only_where_a_run_began(straight, tmp_path, capsys):
     (tmp_path / "other/thesis.txt").write_text("all of it")
     assert run("sft", argv, tmp_path / "other", "--resume") == 2 and "not empty" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+    assert run("sft", argv, tmp_path / "other/thesis.txt", "--resume") == 2 and "--out" in capsys.readouterr().err
 
 
 def test_early_stopping_goes_on_where_it_was(straight, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ BASE = {"grpo": "--model m --data d --tutor toy --out o", "sft": "--model m --da
 @pytest.mark.parametrize("script, words", [
     ("grpo", "--alpha 2"), ("grpo", "--prompts 0"), ("grpo", "--temperature 0"), ("grpo", "--group 1"),
     ("grpo", "--prompts_per_update -1"), ("grpo", "--strategies bogus"), ("sft", "--batch 0"), ("sft", "--held_out 1"),
-    ("sft", "--save_every 0"), ("grpo", "--save_every 0"),
+    ("sft", "--save_every 0"), ("grpo", "--save_every 0"), ("sft", "--epochs nan"), ("sft", "--lr nan"), ("sft", "--lora_r 0"),
+    ("grpo", "--epochs inf"), ("grpo", "--lr nan"), ("eval", "--batch 0"), ("eval", "--max_new 0"),
     ("sft", "--eval_every 0"), ("eval", "--strategies bogus"), ("synth", "--splits 0 0 0")])
 def test_a_bad_value_is_named_before_any_work(script, words, capsys):
     module = importlib.import_module(script)
