@@ -170,7 +170,7 @@ def naive_logps(student, rows, images, temperature=1.0):
     return logps, torch.zeros_like(logps)
 
 
-def naive_rollout(student, dialogues, keys, respond, args, images, lm=None):
+def naive_rollout(student, dialogues, keys, respond, args, images, lm=None, fixed=None):
     student.model.eval()
     talks = [grpo.Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
     said = [(*grpo.user_turns(d)[0], "scripted") for d in dialogues]
