@@ -183,9 +183,10 @@ def infer(args, asks, dialogues, done):
                     "turns": [{**turn, "verdict": None} for turn in t.turns]} for t in talks if t.dialogue in todo]
 
 
-def judge_samples(ask, samples):
-    """Fill in the missing verdicts, one batched call for all turns. helpfulness is the authors', for whom a reply
-    without its tags is worth nothing [R]; helpfulness_free is the judge's own number."""
+def judge_samples(ask, samples, judge_id):
+    """Fill in the missing verdicts, one batched call for all turns; judge_id, the hash of the judge's identity, stays with
+    each. helpfulness is the authors', for whom a reply without its tags is worth nothing [R]; helpfulness_free is the
+    judge's own number."""
     open_turns = [(s, k) for s in samples for k, turn in enumerate(s["turns"]) if turn["verdict"] is None]
     requests = [judge.judge_request(s["turns"][:k + 1], first_image(s)) for s, k in open_turns]
     verdicts, raw = judge.ask_and_read(ask, requests, judge.read_judge)
@@ -194,7 +195,8 @@ def judge_samples(ask, samples):
         turn.pop("raw", None)
         if verdict:
             tags = judge.split_reply(turn["assistant"])[2]
-            verdict |= {"helpfulness_free": verdict["helpfulness"], "helpfulness": verdict["helpfulness"] * tags}
+            verdict |= {"helpfulness_free": verdict["helpfulness"], "helpfulness": verdict["helpfulness"] * tags,
+                        "judge": judge_id}
         turn |= {"verdict": verdict} if verdict else {"raw": text}
     return samples
 
@@ -270,13 +272,13 @@ def run(args):
     with open(path, "a", encoding="utf-8") as f:
         waiting = [s for s in samples.values() if any(turn["verdict"] is None for turn in s["turns"])] if judges else []
         for i in range(0, len(waiting), args.batch):
-            append(judge_samples(asks["judge"], waiting[i:i + args.batch]))
+            append(judge_samples(asks["judge"], waiting[i:i + args.batch], fingerprint(meta, "judge")))
         # a served student may reply the next time; what has no room in --max_tokens never will
         done = {key for key, sample in samples.items() if not (sample["error"] and args.endpoint)}
         for batch in infer(args, asks, dialogues, done) if generates and wanted - done else []:
             append(batch)  # what was generated is on disk before the judge is asked
             if judges:
-                append(judge_samples(asks["judge"], batch))
+                append(judge_samples(asks["judge"], batch, fingerprint(meta, "judge")))
     meta["seconds"] = round(meta["seconds"] + time.time() - started, 1)
     write_all()
     if judges:

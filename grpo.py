@@ -35,7 +35,7 @@ import tcsr
 from sft import (Row, adamw, add_lora, add_user, begin, encode_images, gather_object, hidden_states, join, load_adapter,
                  load_student, micro_batches, mrope_positions, open_run, over_ranks, policy_logits, ranks, reply_logps,
                  save_adapter, save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
-from synth import fail, image_png, read_dialogues, user_turns, write_meta
+from synth import fail, image_png, read_dialogues, text_of, user_turns, write_meta
 from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
 
 
@@ -269,8 +269,7 @@ def open_turn(student, talk, turn):
     ids = talk.ids[talk.cached:]
     positions, talk.position = mrope_positions(student, ids, talk.grids[grids:], talk.position)
     talk.cached = len(talk.ids)
-    text = content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
-    talk.turns.append({"user": text, "strategy": strategy})
+    talk.turns.append({"user": text_of(content), "strategy": strategy})
     return ids, positions
 
 
@@ -605,4 +604,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        fail("interrupted before the first step", code=130)
+        fail("interrupted before the first step", code=1)

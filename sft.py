@@ -582,7 +582,7 @@ def steps_left(run, steps):
         if not run.bad and (pressed or (step + 1) % run.args.save_every == 0 or step + 1 == steps):
             save_checkpoint(run)
         if pressed:
-            fail(f"interrupted; --resume goes on from {run.checkpoint or 'the start'}", code=130)
+            fail(f"interrupted; --resume goes on from {run.checkpoint or 'the start'}", code=1)
 
 
 def step_or_skip(optimizer, loss):
@@ -740,4 +740,4 @@ if __name__ == "__main__":
     try:
         (merge if sys.argv[1:2] == ["merge"] else main)(parse_args())
     except KeyboardInterrupt:
-        fail("interrupted before the first step", code=130)
+        fail("interrupted before the first step", code=1)

@@ -212,11 +212,11 @@ def test_a_local_student_goes_on_where_it_was_interrupted(world, base, adapter, 
     assert run(*words(world, tmp_path / "whole", *flags)) == 0
     real, calls = E.judge_samples, []
 
-    def stop(ask, samples):
+    def stop(ask, samples, judge_id):
         calls.append(len(samples))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(ask, samples)
+        return real(ask, samples, judge_id)
     monkeypatch.setattr(E, "judge_samples", stop)
     assert run(*words(world, tmp_path / "a", *flags)) == 1 and "--resume goes on" in capsys.readouterr().err
     lines = (tmp_path / "a/samples.jsonl").read_text().splitlines()
@@ -224,6 +224,8 @@ def test_a_local_student_goes_on_where_it_was_interrupted(world, base, adapter, 
     (tmp_path / "a/samples.jsonl").write_text("\n".join(lines[:-1]))  # and a batch of which only a part was written
     assert run(*words(world, tmp_path / "a", *flags, "--resume")) == 0
     assert files(tmp_path / "a") == files(tmp_path / "whole")
+    judges = {turn["verdict"]["judge"] for s in E.load_run(tmp_path / "a")[0] for turn in s["turns"]}
+    assert judges == {json.loads((tmp_path / "a/results.json").read_text())["judge"]}  # whose score it is, with every score
 
 
 def test_judging_apart_loses_nothing(world, served, tmp_path, monkeypatch):
