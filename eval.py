@@ -204,8 +204,9 @@ def judge_samples(ask, samples, judge_id):
 def trained_against(args):
     """Warnings: the judge or the attacker is the tutor that the adapter was trained with, says the adapter's meta.json.
     A model at another address is still the same model."""
-    meta = Path(args.adapter or "", "meta.json")
-    was = json.loads(meta.read_text(encoding="utf-8")).get("args", {}) if args.adapter and meta.exists() else {}
+    from synth import read_meta
+    known = args.adapter and Path(args.adapter, "meta.json").exists()
+    was = read_meta(args.adapter, "args")["args"] if known else {}
     tutor = was.get("tutor_model") or was.get("tutor")
     roles = {"judge": args.judge_model or args.judge}
     if "adaptive" in args.attacker:
@@ -335,9 +336,13 @@ def report(argv):
     p.add_argument("results", nargs="+", help="results.json files, one a training seed")
     p.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
     args = p.parse_args(argv)
-    files = [json.loads(Path(path).read_text()) for path in args.results]
-    if not all(isinstance(f, dict) and "arms" in f for f in files):
-        raise ValueError("not a results.json of eval.py")
+    files = []
+    for path in args.results:
+        try:
+            files.append(json.loads(Path(path).read_text(encoding="utf-8")))
+            next(iter(files[-1]["arms"]))
+        except (ValueError, LookupError, TypeError, StopIteration):
+            raise ValueError(f"{path}: not a results.json of eval.py") from None
     show = tables(files[0]) if len(files) == 1 else seed_tables(files)
     print(markdown(show)) if args.markdown else print_tables(show)
 
