@@ -30,11 +30,13 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but bitsandbytes would load the compiler
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel package it does not need
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # a name that peft still uses
 
 import bitsandbytes
 import torch
