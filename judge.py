@@ -22,6 +22,7 @@ import argparse
 import base64
 import functools
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -36,6 +37,9 @@ from types import SimpleNamespace
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """--help of all scripts: the docstring as it stands, every flag with its default."""
+
+    def _fill_text(self, text, width, indent):
+        return inspect.cleandoc(text)  # a function's docstring is indented
 
     def _get_help_string(self, action):
         plain = action.required or action.default in (None, False, argparse.SUPPRESS)
