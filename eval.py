@@ -214,8 +214,22 @@ def trained_against(args):
     return [f"{args.name}: the {role}, {who}, is the tutor of its training" for role, who in roles.items() if who == tutor]
 
 
+def samples_so_far(args, meta):
+    """What an earlier run left in --out -> {(id, attacker): sample}; without verdicts if the judge is another one now.
+    Stops when arguments or data are not those it began with; takes over into meta what stays true."""
+    from synth import refuse_changes
+    found, was = load_run(args.out)
+    free = {"out", "mode", "resume", "allow_changes", "concurrency", "timeout", "skip_bad", "threads"}
+    refuse_changes(args, meta, was, free if args.mode != "judge" else free | {"judge", "judge_model"})
+    meta |= {key: was[key] for key in ("n_samples", "seconds")} | ({"judge": was["judge"]} if args.mode == "infer" else {})
+    if meta["judge"] != was["judge"]:
+        for turn in (turn for sample in found for turn in sample["turns"]):
+            turn["verdict"] = None
+    return {(sample["id"], sample["attacker"]): sample for sample in found}
+
+
 def run(args):
-    from synth import about, fail, lines, printable, read_dialogues, refuse_changes, refuse_overwrite, write_whole
+    from synth import about, fail, lines, printable, read_dialogues, refuse_overwrite, write_whole
     if args.mode == "report":
         return publish(results([args.out]), [args.out], args.out)
     if min(args.batch, args.max_new) < 1:
@@ -241,14 +255,7 @@ def run(args):
     if "adaptive" in args.attacker:
         meta["attacker"] = [args.strategies, judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model)]
     if not generates or args.resume and Path(args.out, "meta.json").exists():
-        found, was = load_run(args.out)
-        samples = {(sample["id"], sample["attacker"]): sample for sample in found}
-        free = {"out", "mode", "resume", "allow_changes", "concurrency", "timeout", "skip_bad", "threads"}
-        refuse_changes(args, meta, was, free if generates else free | {"judge", "judge_model"})
-        meta |= {key: was[key] for key in ("n_samples", "seconds")} | ({} if judges else {"judge": was["judge"]})
-        if meta["judge"] != was["judge"]:
-            for turn in (turn for sample in found for turn in sample["turns"]):
-                turn["verdict"] = None
+        samples = samples_so_far(args, meta)
     else:
         refuse_overwrite(args.out)
     if generates:

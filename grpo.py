@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 import judge
 import tcsr
-from sft import (Row, adamw, add_lora, add_user, begin, encode_images, gather_object, hidden_states, join, load_adapter,
+from sft import (Row, adamw, add_lora, add_user, begin, encode_images, hidden_states, join, load_adapter,
                  load_student, micro_batches, mrope_positions, open_run, over_ranks, policy_logits, ranks, reply_logps,
                  save_adapter, save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
 from synth import fail, image_png, read_dialogues, text_of, user_turns, write_meta
-from peft.utils.integrations import dequantize_module_weight  # after sft, which keeps bitsandbytes quick and quiet
+from accelerate.utils import gather_object
+from peft.utils.integrations import dequantize_module_weight  # these two after sft, which keeps bitsandbytes quick and quiet
 
 
 def parse_args(argv=None):

@@ -41,7 +41,6 @@ warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning) 
 import bitsandbytes
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open

@@ -10,7 +10,6 @@ sys.modules["torchvision"] = None  # an import of it fails, whatever this machin
 
 import random
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
