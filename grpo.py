@@ -171,14 +171,16 @@ def dense_copy(student):
     with torch.device("meta"):
         dense = type(lm)._from_config(lm.config)
     dense.embed_tokens, dense.rotary_emb = lm.embed_tokens, lm.rotary_emb
-    for name, module in dense.named_modules():
+    for name, module in [*dense.named_modules()]:
         if isinstance(module, torch.nn.Linear):
             source = lm.get_submodule(name)
             module.bias = getattr(source, "base_layer", source).bias
             shape, like = module.weight.shape, lm.embed_tokens.weight
             module.weight = torch.nn.Parameter(like.new_empty(shape), requires_grad=False)
-        elif name.endswith("norm"):
-            module.weight = lm.get_submodule(name).weight
+        elif name.endswith("norm"):  # transformers writes it out as seven kernels; torch's one gives the same fp32 bits
+            norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
+            norm.weight = lm.get_submodule(name).weight
+            dense.set_submodule(name, norm)
     return dense.eval()
 
 

@@ -377,6 +377,8 @@ def hidden_states(student, ids, positions, features, mask=None, cache=None, lang
     if features:
         # not in place: under checkpointing the embeddings are a leaf that requires a gradient
         embeds = embeds.masked_scatter((ids == student.pad)[..., None], torch.cat(features).to(embeds))
+    if mask is not None:  # as what is added to the scores: sdpa would make that of it once a layer
+        mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill_(~mask, -math.inf)
     return lm(inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
               past_key_values=cache, use_cache=False).last_hidden_state
 
