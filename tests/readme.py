@@ -18,6 +18,10 @@ import eval  # noqa: E402
 def filled(text):
     def table(match):
         shown = subprocess.run([sys.executable, *match[1].split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        first, *more = shown.split("\n\n**")
+        if len(more) > 1:  # a reader sees the first table, and the others on a click
+            shown = (f"{first}\n\n<details><summary>The other {len(more)} tables: survival by turn, the static attacker, paired "
+                     "differences</summary>\n\n**" + "\n\n**".join(more) + "\n\n</details>")
         return f"<!-- table: {match[1]} -->\n{shown}\n<!-- /table -->"
 
     def lines(match):
