@@ -220,6 +220,8 @@ def test_fold_is_the_adapter_and_adds_up_no_rounding(actor):  # trap 34
     source, x = student.base.model.language_model.get_submodule(name), torch.randn(5, 256)
     torch.testing.assert_close(dense.get_submodule(name)(x), source(x), atol=1e-5, rtol=1e-4)
     assert not any(p.requires_grad for n, p in dense.named_parameters() if "proj" in n)
+    norm, x = student.base.model.language_model.norm, torch.randn(5, 1, len(student.base.model.language_model.norm.weight))
+    assert torch.equal(dense.norm(x), norm(x)) and dense.norm.weight is norm.weight  # one kernel, the same bits
 
 
 def test_a_turn_that_does_not_fit_the_cache_is_left_out(student, mixed):  # trap 14
