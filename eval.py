@@ -497,6 +497,8 @@ def compare(samples_a, samples_b):
     dialogues share a seed, else (and for turns) that of the sign-flip test over clusters. Holm: over the metrics."""
     of_a, of_b = ({sample["id"]: sample for sample in samples} for samples in (samples_a, samples_b))
     pairs, out = [(of_a[i], of_b[i]) for i in sorted({*of_a} & {*of_b})], {}
+    if not pairs:
+        raise ValueError("the two arms have no dialogue in common")
     for metric, (kinds, _, _, test) in METRICS.items():
         asked = [(a, b) for a, b in pairs if a["kind"] in kinds]
         scored = [(a, b) for a, b in asked if outcome(a, metric)[1] and outcome(b, metric)[1]]
