@@ -526,8 +526,8 @@ def begin(run, student, optimizer):
     run.student, run.optimizer = student, optimizer
     if run.checkpoint:
         load_weights(student, run.checkpoint, "policy")
-        state = torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location=student.base.device)
-        optimizer.load_state_dict(state)
+        # by way of the CPU: bitsandbytes' paged tensors carry a mark that loading onto a GPU would keep, without the pages
+        optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     for name, size in run.logs.items():
         run.logs[name] = open(Path(run.args.out, name), "a", encoding="utf-8")
         run.logs[name].truncate(size)

@@ -159,6 +159,26 @@ def test_the_gpus_optimiser_goes_on_from_its_state(tmp_path):
     assert torch.equal(train([2, 3], torch.load(tmp_path / "state.pt"))["p"], train(range(4))["p"])
 
 
+def test_a_resumed_optimiser_does_not_take_ordinary_memory_for_pages(tmp_path, monkeypatch):
+    """A paged tensor is CPU memory with two attributes, and torch.save keeps them. bitsandbytes prefetches what has them;
+    for memory that is not paged the driver says no, and the process ends. "meta" stands for the card."""
+    def paged(p, dtype):
+        state = torch.zeros(p.shape, dtype=dtype)
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = bnb.optim.PagedAdamW8bit([p])
+    optimizer.get_state_buffer = paged
+    optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    monkeypatch.setattr(sft, "load_weights", lambda *args: None)
+    there = torch.nn.Parameter(torch.zeros(64, 128, device="meta"))
+    resumed = bnb.optim.PagedAdamW8bit([there])
+    sft.begin(sft.Run(None, 0.0, {}, {}, tmp_path), SimpleNamespace(base=SimpleNamespace(device="meta")), resumed)
+    for name in ("state1", "state2"):
+        assert resumed.state[there][name].is_meta and not getattr(resumed.state[there][name], "is_paged", False)
+
+
 # ---------------------------------------------------------------- merging
 
 @pytest.fixture
