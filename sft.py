@@ -53,6 +53,10 @@ import judge
 from synth import (NO_REPLY, about, fail, file_hash, open_image, printable, read_dialogues, refuse_changes,
                    refuse_overwrite, text_of, write_meta)
 
+# On Hopper torch prefers cuDNN's attention, which plans anew (half a second, others measured) for every length it has not
+# seen: each micro-batch, each prompt, each step of --eager. What is left, flash and memory-efficient, plans nothing.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
