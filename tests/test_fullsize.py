@@ -248,10 +248,27 @@ def test_merging_an_adapter_of_another_model_is_bad_input(hub, small, base, tmp_
 
 # ---------------------------------------------------------------- decoding
 
+class Tape(TorchDispatchMode):
+    """A CUDA graph on a CPU: what was done is done again with the same memory, and Python is not asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.done.append((function, args, kwargs or {}, function(*args, **(kwargs or {}))))
+        return self.done[-1][-1]
+
+    def replay(self):
+        for function, args, kwargs, out in self.done:
+            for then, now in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                then.copy_(now)
+
+
 @pytest.mark.parametrize("block", [16, 512])
 @pytest.mark.parametrize("weights", ["dense", "base"])
-def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, block, monkeypatch):
-    """What a GPU records and repeats, run on a CPU: rows leave, turns are ragged, replies end early, and memory that was
+def test_a_step_recorded_once_says_the_same(actor, mixed, weights, block, monkeypatch):
+    """What a GPU records and repeats, on a CPU: rows leave, turns are ragged, replies end early, and memory that was
     never written is full of NaN."""
     student, dense = actor
     lm = dense if weights == "dense" else None
@@ -263,8 +280,17 @@ def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, b
                 kv.fill_(torch.nan)
     monkeypatch.setattr(grpo, "Cache", Dirty)
     monkeypatch.setattr(grpo.FixedStep, "BLOCK", block)
-    shapes, step = [], grpo.FixedStep.step
-    monkeypatch.setattr(grpo.FixedStep, "step", lambda self: (shapes.append(tuple(self.mask.shape)), step(self))[1])
+    shapes, real = [], grpo.FixedStep.step
+
+    def step(self):
+        shapes.append(tuple(self.mask.shape))
+        if self.graph:
+            self.graph.replay()
+        else:
+            with Tape() as self.graph:
+                self.said = real(self)
+        return [x.clone() for x in self.said]
+    monkeypatch.setattr(grpo.FixedStep, "step", step)
     for temperature in ("1.0", "0"):
         flags = ["--temperature", temperature]
         expected = play(student, mixed, *flags, lm=lm)
@@ -289,6 +315,26 @@ def test_a_step_is_recorded_again_only_when_rows_leave_or_columns_run_out(studen
     made.clear()
     grpo.rollout(student, mixed, keys_of(mixed), scripted, grpo_args(), images_of(student, mixed), fixed=True)
     assert made == sorted(set(made), reverse=True) and len(made) > 1
+
+
+@pytest.mark.parametrize("weights", ["dense", "base"])
+def test_what_a_gpu_records_neither_waits_for_the_cpu_nor_reads_from_it(fresh, weights, monkeypatch):
+    """The device "meta" for the card: a tensor there has no value that Python could look at, and none from here meets it."""
+    class OnTheCard(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert all(x.is_meta for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)), function
+            return out
+    student = fresh(reference=False)
+    student.model.to("meta").eval()
+    student.allowed = student.allowed.to("meta")
+    lm = grpo.dense_copy(student) if weights == "dense" else student.base.model.language_model
+    cache = grpo.Cache(lm.config, 3, 64, torch.float32, "meta")
+    for temperature in (1.0, 0.0):
+        step = grpo.FixedStep(student, cache, lm, temperature, 8)
+        with torch.no_grad(), OnTheCard(), monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", None)  # Python's numbers would be copied there, and recorded as they were
+            step.step()
 
 
 def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
