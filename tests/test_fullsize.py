@@ -100,6 +100,15 @@ def test_the_tower_sees_a_few_images_at_a_time_and_their_features_wait_on_the_cp
         torch.testing.assert_close(some[path], together[path], atol=1e-5, rtol=1e-4)
 
 
+def test_patches_by_product_are_those_of_the_convolution(fresh, pictures, monkeypatch):
+    student = fresh(reference=False)
+    convolved = sft.encode_images(student, pictures)
+    sft.patches_by_product(student.base)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)  # which is not called now
+    for path, features in sft.encode_images(student, pictures).items():
+        torch.testing.assert_close(features, convolved[path], atol=1e-5, rtol=1e-4)
+
+
 def test_turns_that_do_not_fit_are_counted_aloud(student, mixed, capsys):  # trap 14
     args = sft.parse_args("--model m --data d --out o --held_out 0 --skip_bad --max_tokens 60".split())
     whole = sum(sft.render(student, d)[1] for d in mixed)
