@@ -139,8 +139,9 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
             module.support_avx512bf16_for_cpu = False
     if device != "cpu":
         patches_by_product(model)
-    tok, image_processor = (auto.from_pretrained(path, trust_remote_code=False)  # unset, it would ask on the terminal
-                            for auto in (AutoTokenizer, AutoImageProcessor))
+    tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # unset, it would ask on the terminal
+    # PIL: a machine that has torchvision, as those with a GPU often do, would otherwise see slightly other pictures
+    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     image_processor.size["longest_edge"] = min(image_processor.size["longest_edge"], max_pixels)
     return make_student(model, tok, image_processor)
 

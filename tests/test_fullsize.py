@@ -100,6 +100,16 @@ def test_the_tower_sees_a_few_images_at_a_time_and_their_features_wait_on_the_cp
         torch.testing.assert_close(some[path], together[path], atol=1e-5, rtol=1e-4)
 
 
+def test_a_machine_with_torchvision_sees_the_same_pictures(base, monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+    backends, real = [], auto._load_backend_class
+    monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(auto, "_load_backend_class", lambda name, backend, *rest: (
+        backends.append(backend), real(name, "pil", *rest))[1])
+    sft.load_student(base, nf4=False)
+    assert backends == ["pil"]
+
+
 def test_patches_by_product_are_those_of_the_convolution(fresh, pictures, monkeypatch):
     student = fresh(reference=False)
     convolved = sft.encode_images(student, pictures)
