@@ -485,6 +485,7 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path, tok, capsys, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
     assert [r["row"] for r in log] == ["sft-2k", "decode-2", "grpo", "sft-2k"]
     assert log[2]["seconds"].keys() >= {"generate", "tutor", "log-probs", "backward"}
+    assert log[2]["mismatch"] < 1e-3
     for size in ("3b", "7b"):
         fullsize.main(fullsize.parse_args(["--size", size, "--plan"]))
     assert "| sft-8k |" in capsys.readouterr().out
