@@ -53,8 +53,8 @@ import judge
 from synth import (NO_REPLY, about, fail, file_hash, open_image, printable, read_dialogues, refuse_changes,
                    refuse_overwrite, text_of, write_meta)
 
-# On Hopper torch prefers cuDNN's attention, which plans anew (half a second, others measured) for every length it has not
-# seen: each micro-batch, each prompt, each step of --eager. What is left, flash and memory-efficient, plans nothing.
+# On Hopper torch prefers cuDNN's attention, which plans anew (half a second, others measured) for every new length:
+# each micro-batch, each prompt, each step of --eager. What is left, flash and memory-efficient, plans nothing.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
@@ -540,7 +540,7 @@ def begin(run, student, optimizer):
     run.student, run.optimizer = student, optimizer
     if run.checkpoint:
         load_weights(student, run.checkpoint, "policy")
-        # by way of the CPU: bitsandbytes' paged tensors carry a mark that loading onto a GPU would keep, without the pages
+        # by way of the CPU: bitsandbytes' paged tensors have a mark that loading onto a GPU would keep, without pages
         optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     for name, size in run.logs.items():
         run.logs[name] = open(Path(run.args.out, name), "a", encoding="utf-8")

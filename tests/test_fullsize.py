@@ -179,8 +179,8 @@ def test_the_gpus_optimiser_goes_on_from_its_state(tmp_path):
 
 
 def test_a_resumed_optimiser_does_not_take_ordinary_memory_for_pages(tmp_path, monkeypatch):
-    """A paged tensor is CPU memory with two attributes, and torch.save keeps them. bitsandbytes prefetches what has them;
-    for memory that is not paged the driver says no, and the process ends. "meta" stands for the card."""
+    """A paged tensor is CPU memory with two attributes, which torch.save keeps. bitsandbytes prefetches what has them; for
+    memory that is not paged the driver says no, and the process ends. "meta" stands for the card."""
     def paged(p, dtype):
         state = torch.zeros(p.shape, dtype=dtype)
         state.is_paged, state.page_deviceid = True, 0
@@ -338,7 +338,7 @@ def test_a_step_is_recorded_again_only_when_rows_leave_or_columns_run_out(studen
 
 @pytest.mark.parametrize("weights", ["dense", "base"])
 def test_what_a_gpu_records_neither_waits_for_the_cpu_nor_reads_from_it(fresh, weights, monkeypatch):
-    """The device "meta" for the card: a tensor there has no value that Python could look at, and none from here meets it."""
+    """The device "meta" for the card: what is there has no value for Python to look at, and nothing from here is let in."""
     class OnTheCard(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
