@@ -53,6 +53,10 @@ import judge
 from synth import (NO_REPLY, about, fail, file_hash, open_image, printable, read_dialogues, refuse_changes,
                    refuse_overwrite, text_of, write_meta)
 
+# On Hopper torch prefers cuDNN's attention, which plans anew (half a second, others measured) for every new length:
+# each micro-batch, each prompt, each step of --eager. What is left, flash and memory-efficient, plans nothing.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -133,10 +137,20 @@ def load_student(path, nf4=True, max_pixels=512 * 512):
         # has no backward: training after an evaluation would break. Keep one format, and fp32 arithmetic.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tok, image_processor = (auto.from_pretrained(path, trust_remote_code=False)  # unset, it would ask on the terminal
-                            for auto in (AutoTokenizer, AutoImageProcessor))
+    if device != "cpu":
+        patches_by_product(model)
+    tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # unset, it would ask on the terminal
+    # PIL: a machine that has torchvision, as those with a GPU often do, would otherwise see slightly other pictures
+    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     image_processor.size["longest_edge"] = min(image_processor.size["longest_edge"], max_pixels)
     return make_student(model, tok, image_processor)
+
+
+def patches_by_product(model):
+    """The tower takes an image apart by a convolution whose kernel is its stride: a matrix product. As a convolution in
+    bf16 it costs cuDNN seconds a call (3.7 s on an H100, others measured)."""
+    conv = model.model.visual.patch_embed.proj
+    conv.forward = lambda x: torch.nn.functional.linear(x.flatten(1), conv.weight.flatten(1))
 
 
 def make_student(model, tok, image_processor):
@@ -528,8 +542,8 @@ def begin(run, student, optimizer):
     run.student, run.optimizer = student, optimizer
     if run.checkpoint:
         load_weights(student, run.checkpoint, "policy")
-        state = torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location=student.base.device)
-        optimizer.load_state_dict(state)
+        # by way of the CPU: bitsandbytes' paged tensors have a mark that loading onto a GPU would keep, without pages
+        optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     for name, size in run.logs.items():
         run.logs[name] = open(Path(run.args.out, name), "a", encoding="utf-8")
         run.logs[name].truncate(size)

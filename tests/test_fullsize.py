@@ -100,6 +100,25 @@ def test_the_tower_sees_a_few_images_at_a_time_and_their_features_wait_on_the_cp
         torch.testing.assert_close(some[path], together[path], atol=1e-5, rtol=1e-4)
 
 
+def test_a_machine_with_torchvision_sees_the_same_pictures(base, monkeypatch):
+    from transformers.models.auto import image_processing_auto as auto
+    backends, real = [], auto._load_backend_class
+    monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(auto, "_load_backend_class", lambda name, backend, *rest: (
+        backends.append(backend), real(name, "pil", *rest))[1])
+    sft.load_student(base, nf4=False)
+    assert backends == ["pil"]
+
+
+def test_patches_by_product_are_those_of_the_convolution(fresh, pictures, monkeypatch):
+    student = fresh(reference=False)
+    convolved = sft.encode_images(student, pictures)
+    sft.patches_by_product(student.base)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)  # which is not called now
+    for path, features in sft.encode_images(student, pictures).items():
+        torch.testing.assert_close(features, convolved[path], atol=1e-5, rtol=1e-4)
+
+
 def test_turns_that_do_not_fit_are_counted_aloud(student, mixed, capsys):  # trap 14
     args = sft.parse_args("--model m --data d --out o --held_out 0 --skip_bad --max_tokens 60".split())
     whole = sum(sft.render(student, d)[1] for d in mixed)
@@ -157,6 +176,26 @@ def test_the_gpus_optimiser_goes_on_from_its_state(tmp_path):
         return {"p": p.detach(), "optimizer": optimizer.state_dict()}
     torch.save(train([0, 1]), tmp_path / "state.pt")
     assert torch.equal(train([2, 3], torch.load(tmp_path / "state.pt"))["p"], train(range(4))["p"])
+
+
+def test_a_resumed_optimiser_does_not_take_ordinary_memory_for_pages(tmp_path, monkeypatch):
+    """A paged tensor is CPU memory with two attributes, which torch.save keeps. bitsandbytes prefetches what has them; for
+    memory that is not paged the driver says no, and the process ends. "meta" stands for the card."""
+    def paged(p, dtype):
+        state = torch.zeros(p.shape, dtype=dtype)
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = bnb.optim.PagedAdamW8bit([p])
+    optimizer.get_state_buffer = paged
+    optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    monkeypatch.setattr(sft, "load_weights", lambda *args: None)
+    there = torch.nn.Parameter(torch.zeros(64, 128, device="meta"))
+    resumed = bnb.optim.PagedAdamW8bit([there])
+    sft.begin(sft.Run(None, 0.0, {}, {}, tmp_path), SimpleNamespace(base=SimpleNamespace(device="meta")), resumed)
+    for name in ("state1", "state2"):
+        assert resumed.state[there][name].is_meta and not getattr(resumed.state[there][name], "is_paged", False)
 
 
 # ---------------------------------------------------------------- merging
@@ -228,10 +267,27 @@ def test_merging_an_adapter_of_another_model_is_bad_input(hub, small, base, tmp_
 
 # ---------------------------------------------------------------- decoding
 
+class Tape(TorchDispatchMode):
+    """A CUDA graph on a CPU: what was done is done again with the same memory, and Python is not asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.done.append((function, args, kwargs or {}, function(*args, **(kwargs or {}))))
+        return self.done[-1][-1]
+
+    def replay(self):
+        for function, args, kwargs, out in self.done:
+            for then, now in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                then.copy_(now)
+
+
 @pytest.mark.parametrize("block", [16, 512])
 @pytest.mark.parametrize("weights", ["dense", "base"])
-def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, block, monkeypatch):
-    """What a GPU records and repeats, run on a CPU: rows leave, turns are ragged, replies end early, and memory that was
+def test_a_step_recorded_once_says_the_same(actor, mixed, weights, block, monkeypatch):
+    """What a GPU records and repeats, on a CPU: rows leave, turns are ragged, replies end early, and memory that was
     never written is full of NaN."""
     student, dense = actor
     lm = dense if weights == "dense" else None
@@ -243,8 +299,17 @@ def test_a_step_whose_shapes_never_change_says_the_same(actor, mixed, weights, b
                 kv.fill_(torch.nan)
     monkeypatch.setattr(grpo, "Cache", Dirty)
     monkeypatch.setattr(grpo.FixedStep, "BLOCK", block)
-    shapes, step = [], grpo.FixedStep.step
-    monkeypatch.setattr(grpo.FixedStep, "step", lambda self: (shapes.append(tuple(self.mask.shape)), step(self))[1])
+    shapes, real = [], grpo.FixedStep.step
+
+    def step(self):
+        shapes.append(tuple(self.mask.shape))
+        if self.graph:
+            self.graph.replay()
+        else:
+            with Tape() as self.graph:
+                self.said = real(self)
+        return [x.clone() for x in self.said]
+    monkeypatch.setattr(grpo.FixedStep, "step", step)
     for temperature in ("1.0", "0"):
         flags = ["--temperature", temperature]
         expected = play(student, mixed, *flags, lm=lm)
@@ -271,6 +336,26 @@ def test_a_step_is_recorded_again_only_when_rows_leave_or_columns_run_out(studen
     assert made == sorted(set(made), reverse=True) and len(made) > 1
 
 
+@pytest.mark.parametrize("weights", ["dense", "base"])
+def test_what_a_gpu_records_neither_waits_for_the_cpu_nor_reads_from_it(fresh, weights, monkeypatch):
+    """The device "meta" for the card: what is there has no value for Python to look at, and nothing from here is let in."""
+    class OnTheCard(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert all(x.is_meta for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)), function
+            return out
+    student = fresh(reference=False)
+    student.model.to("meta").eval()
+    student.allowed = student.allowed.to("meta")
+    lm = grpo.dense_copy(student) if weights == "dense" else student.base.model.language_model
+    cache = grpo.Cache(lm.config, 3, 64, torch.float32, "meta")
+    for temperature in (1.0, 0.0):
+        step = grpo.FixedStep(student, cache, lm, temperature, 8)
+        with torch.no_grad(), OnTheCard(), monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", None)  # Python's numbers would be copied there, and recorded as they were
+            step.step()
+
+
 def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
     """Grouped-query attention over one new column: sdpa is handed the cache itself, two heads for the queries of four."""
     student, dense = actor
@@ -289,6 +374,10 @@ def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
         grpo.rollout(student, mixed, keys_of(mixed), stop, grpo_args(), images, dense, fixed=fixed)
         decode = seen[dense.config.num_hidden_layers:]  # after the prompt
         assert decode and all(q[1] == k[1] == 2 and q[2] == 2 and in_place for q, k, in_place in decode)
+
+
+def test_attention_does_not_plan_for_every_length():
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 # ---------------------------------------------------------------- memory by arithmetic
@@ -396,6 +485,7 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path, tok, capsys, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
     assert [r["row"] for r in log] == ["sft-2k", "decode-2", "grpo", "sft-2k"]
     assert log[2]["seconds"].keys() >= {"generate", "tutor", "log-probs", "backward"}
+    assert log[2]["mismatch"] < 1e-3
     for size in ("3b", "7b"):
         fullsize.main(fullsize.parse_args(["--size", size, "--plan"]))
     assert "| sft-8k |" in capsys.readouterr().out
