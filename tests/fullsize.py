@@ -10,7 +10,7 @@ grpo-8k-base: the same with 4 prompts, sampled from the NF4 base itself. decode-
 a cache of 2,048: tokens/s of our decode from bf16 and from NF4, and of transformers' generate() from bf16; bound: the time
 to read the bf16 weights and the allocated cache once. kernels: where a step of decode-40 spends its time. Unknown until
 then: a step's attention has a mask, so sdpa takes its memory-efficient kernel, not flash; how well one block a row and
-key head fills a card? What a layer does between its products is some 35 small kernels, 16 of them its two norms.
+key head fills a card? Beside its seven products and its attention a layer is some 20 small kernels.
 
 The second of two steps is reported, of the 8k rows the only one. The tutor answers at once, from this process; replies
 never end early. Peak GiB are the allocator's, without the CUDA context (some 0.5). Results are appended to --out as JSON
