@@ -1,10 +1,10 @@
 """synth.py: Stage I, intent decomposition and reconstruction; and the data format all scripts share.
 
-From single-turn seeds (image, question) to multi-turn dialogues. Three kinds, lengths as in the paper ([R]: the
-authors' repository): *red_team* (4-8 turns, under one of eight strategies), *obfuscated* (3-6, each turn harmless alone,
-the intent comes out step by step) and *benign* (3-5, a harmless goal; keeps capability and prices over-refusal). An
-attacker plans the user turns, a defender answers them one by one as `<thinking>..</thinking><answer>..</answer>`, with
-what was said before in view. Splits are made by seed and image: everything that shares either is in one split.
+From single-turn seeds (image, question) to multi-turn dialogues of three kinds, with the lengths of [R], the authors'
+repository: *red_team* (4-8 turns, under one of eight strategies), *obfuscated* (3-6, each turn harmless alone, the
+intent comes out step by step) and *benign* (3-5, a harmless goal; keeps capability and prices over-refusal). An attacker
+plans the user turns, a defender answers them one by one as `<thinking>..</thinking><answer>..</answer>`, with what was
+said before in view. Splits are made by seed and image: everything that shares either is in one split.
 
     make toy                                                                                       # laptop, see there
     python synth.py --seeds data/seeds.jsonl --generator http://localhost:8000/v1 --generator_model NAME \\
@@ -45,7 +45,7 @@ import judge
 TURNS = {"red_team": (4, 8), "obfuscated": (3, 6), "benign": (3, 5)}  # of the three kinds [R]
 SPLITS = "sft", "rl", "bench"
 IMAGE_PIXELS = 64 * 2 ** 20  # larger pictures are refused before they are decoded: a bomb is a few bytes on disk
-IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"  # of Pillow's others one starts a program (EPS: Ghostscript)
+IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"  # of Pillow's others EPS starts a program, Ghostscript
 NEAR = 0.8  # Jaccard index of word trigrams from which two dialogues are nearly the same (ours)
 NO_REPLY = "[the source has no reply here]"  # keeps the roles alternating; sft.py trains on nothing from there on
 UNUSABLE = "no usable reply"  # the one reason to ask again on --resume
@@ -95,12 +95,12 @@ def parse_args(argv=None):
     add("--target_model", help="model name at that address; its key is in TARGET_API_KEY or OPENAI_API_KEY")
     add("--min_success", type=int, default=4, choices=range(1, 6), help="the evaluator's score from which an attack "
         "got through: 4 is part of what was wanted (scale 1 to 5 [R], threshold ours)")
-    add("--obfuscated", type=float, default=0.25, metavar="SHARE", help="of the harmful questions of public sets, which "
-        "name no kind, this share becomes obfuscated dialogues, the rest red_team (ours)")
+    add("--obfuscated", type=float, default=0.25, metavar="SHARE", help="of the harmful questions of public sets, "
+        "which name no kind, this share becomes obfuscated dialogues, the rest red_team (ours)")
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for sft.jsonl, rl.jsonl, bench.jsonl and images/")
-    add("--resume", action="store_true", help="go on with the run in --out; addresses and speed of back ends may differ")
+    add("--resume", action="store_true", help="go on with the run in --out; back ends may have moved to other addresses")
     add("--allow_changes", action="store_true", help="resume although arguments or seeds are not those it began with")
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
@@ -171,10 +171,7 @@ def file_hash(path):
 def about(args):
     """What a run is made of: arguments, hashes of its data and of the adapter it starts from, versions, git commit."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     data = data_files(getattr(args, "data", None) or getattr(args, "seeds", None) or [])
     adapter = getattr(args, "adapter", None) and Path(args.adapter, "adapter_model.safetensors")
     return {"args": vars(args), "data": {str(path): file_hash(path) for path, _ in data},
@@ -193,7 +190,7 @@ def read_meta(folder, *keys):
     path = Path(folder, "meta.json")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return meta | {key: meta[key] for key in keys}
+        return meta | {key: meta[key] for key in keys}  # which raises where one is lacking
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: damaged, or of something else") from None
 
@@ -212,6 +209,22 @@ def refuse_changes(args, meta, saved, free):
 
 
 # ---------------------------------------------------------------- the data format: what a good record is
+
+def parts_of(content):
+    """The parts of a message; a string is one text."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def text_of(content):
+    return "".join(p["text"] for p in parts_of(content) if p["type"] == "text")
+
+
+def user_turns(dialogue):
+    """[(content, [image paths])] of the scripted user turns: what a replay says, and the fallback of the tutor."""
+    images = iter(dialogue["images"])  # one path for each image part, in their order
+    return [(m["content"], [next(images) for p in parts_of(m["content"]) if p["type"] == "image"])
+            for m in dialogue["messages"] if m["role"] == "user"]
+
 
 def open_image(path):
     """RGB image, decoded in full so that a broken file shows here. path: of a file, or its bytes. Raises ValueError
@@ -270,8 +283,7 @@ def check_dialogue(record, folder, outside=False):
         return "messages: roles must be [system,] user, assistant, user, .."
     n_images = 0
     for m in messages:
-        content = m.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = parts_of(m.get("content"))
         if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
             return "messages: content is neither a string nor a list of parts"
         for p in parts:
@@ -331,35 +343,36 @@ def entries(path):
     return data.splitlines()
 
 
-def as_dialogue(path, folder, name, messages, image, category="", kind="red_team", seed=None):
-    """-> a record of ours, dialogue and seed in one. image: its path relative to the file at `path`, to the folder, or to
-    a folder that is named like the file. seed_id is the picture: what is said about one picture is not independent."""
+def as_dialogue(path, folder, name, said, image, category="", kind="red_team", seed=None):
+    """-> a record of ours, dialogue and seed in one. said: messages, or one question. image: its path relative to the
+    file at `path`, to the folder, or to a folder that is named like the file. seed_id is the picture unless there is a
+    better one: what is said about one picture is not independent."""
     if image and not isinstance(image, str):
         raise ValueError("the picture is inside the record: write it to a file, and its path here")
-    said, bases = [], [path.parent, folder, path.with_suffix("")] if image else []
-    image = next((os.path.relpath(base / image, folder) for base in bases if os.path.exists(base / image)), image or None)
-    for m in messages:
-        if m["role"] == "user" and said and said[-1]["role"] == "user":
-            said.append({"role": "assistant", "content": NO_REPLY})
-        said.append({"role": m["role"], "content": text_of(m["content"])})
-    first = next(m for m in said if m["role"] == "user")
+    bases = [path.parent, folder, path.with_suffix("")] if image else []
+    image = next((os.path.relpath(b / image, folder) for b in bases if os.path.exists(b / image)), image or None)
+    messages = []
+    for m in [{"role": "user", "content": said}] if isinstance(said, str) else said:
+        if m["role"] == "user" and messages and messages[-1]["role"] == "user":
+            messages.append({"role": "assistant", "content": NO_REPLY})
+        messages.append({"role": m["role"], "content": text_of(m["content"])})
+    first = next(m for m in messages if m["role"] == "user")
     question, images = first["content"], [image] * bool(image)
     first["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
     return {"id": str(name), "seed_id": str(seed or image or name), "kind": kind, "category": str(category or ""),
-            "source": path.stem, "image": image, "question": question, "images": images, "messages": said}
+            "source": path.stem, "image": image, "question": question, "images": images, "messages": messages}
 
 
 def ours(r, path, folder, number):
-    """A record of the authors' files or of a public set -> records of ours; others as they are. A question is a dialogue
-    of one turn, and harmful unless the record says otherwise. Raises whatever a record of another shape makes it raise."""
+    """A record of the authors' files or of a public set -> records of ours; others as they are. A question is harmful
+    unless the record says otherwise. Raises whatever a record of another shape makes it raise."""
     if not isinstance(r, dict):
         raise TypeError("not a JSON object")
     if "messages" in r:
         return [r]
-    made, user = partial(as_dialogue, path, folder), lambda text: [{"role": "user", "content": text}]
-    name = f"{path.stem}-{r.get('id', number)}"
-    if "seed_id" in r and r.get("question"):  # a seed of ours
-        new = made("", user(r["question"]), r.get("image"))
+    made, name = partial(as_dialogue, path, folder), f"{path.stem}-{r.get('id', r.get('instruction_id', number))}"
+    if "seed_id" in r and r.get("question"):  # a seed of ours: what it says stays
+        new = made("", r["question"], r.get("image"))
         return [{**new, "source": "", **r, "image": new["image"]}]
     if "messages_fixed" in r:  # the authors' bench
         return [made(r["question_id"], r["messages_fixed"], r.get("image"), r.get("category"))]
@@ -367,24 +380,22 @@ def ours(r, path, folder, number):
         meta, (image, *_) = r["metadata"], r.get("images") or [r["metadata"].get("image")]
         return [made(meta["question_id"], r["question"] + (meta.get("rest_messages") or []), image)]
     if "message_0" in r:  # MHJ, written by people: their turns; the same goal is the same seed
-        said = [json.loads(r[key]) for key in (f"message_{i}" for i in range(101)) if r.get(key)]
+        turns = [json.loads(r[key]) for key in (f"message_{i}" for i in range(101)) if r.get(key)]
+        turns = [{"role": "user", "content": turn["body"]} for turn in turns if turn["role"] == "user"]
         goal = hashlib.sha256((r.get("submission_message") or name).encode()).hexdigest()[:16]
-        turns = [turn for m in said if m["role"] == "user" for turn in user(m["body"])]
         return [made(name, turns, None, r.get("tactic"), seed=goal)]
     if "instr-resp" in r:  # VLGuard: a harmless picture has a safe and an unsafe instruction
         asked = [next((k, v) for k, v in pair.items() if k.endswith("instruction")) for pair in r["instr-resp"]]
-        return [made(f"{name}-{i}", user(text), r["image"], r.get("harmful_category"),
+        return [made(f"{name}-{i}", text, r["image"], r.get("harmful_category"),
                      "benign" if key == "safe_instruction" else "red_team") for i, (key, text) in enumerate(asked)]
     if "Rephrased Question" in r:  # MM-SafetyBench: three pictures for each question
         keys = {"SD": "Rephrased Question(SD)", "SD_TYPO": "Rephrased Question", "TYPO": "Rephrased Question"}
-        return [made(f"{name}-{way}", user(r[key]), f"imgs/{path.stem}/{way}/{r['id']}.jpg", path.stem, seed=name)
+        return [made(f"{name}-{way}", r[key], f"imgs/{path.stem}/{way}/{r['id']}.jpg", path.stem, seed=name)
                 for way, key in keys.items()]
-    if "instruction_id" in r:  # VLSBench
-        name = f"{path.stem}-{r['instruction_id']}"
-        return [made(name, user(r["instruction"]), r["image_path"], r.get("category"))]
-    if "question" in r:  # BeaverTails-V, SPA-VL
+    if "question" in r or "instruction" in r:  # BeaverTails-V, SPA-VL; VLSBench
         category = r.get("category") or r.get("class1")
-        return [made(name, user(r["question"]), r.get("image"), category, r.get("kind", "red_team"))]
+        return [made(name, r.get("question", r.get("instruction")), r.get("image", r.get("image_path")), category,
+                     r.get("kind", "red_team"))]
     return [r]
 
 
@@ -420,20 +431,6 @@ def read_dialogues(paths, skip_bad=False, outside=False):
     return [{"category": "", "strategy": "", "split": "", **d,
              "images": [str(Path(d["folder"], i).resolve()) for i in d.get("images", [])]}
             for d in read_records(paths, partial(check_dialogue, outside=outside), skip_bad)]
-
-
-def text_of(content):
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
-
-
-def user_turns(dialogue):
-    """[(content, [image paths])] of the scripted user turns: what a replay says, and the fallback of the tutor."""
-    images, turns = iter(dialogue["images"]), []
-    for message in dialogue["messages"]:
-        if message["role"] == "user":
-            parts = message["content"] if isinstance(message["content"], list) else []
-            turns.append((message["content"], [next(images) for p in parts if p["type"] == "image"]))
-    return turns
 
 
 # ---------------------------------------------------------------- from seeds to dialogues
@@ -557,19 +554,22 @@ def abreast(talks, width):
 
 
 def make_dialogues(seeds, made, ask, target, args):
-    """Add what is missing to made, {id: record of the journal}. Written as they are done, so that a stop loses little."""
+    """Add what is missing to made, {id: record of the journal}; written as soon as it is done, so that a stop loses
+    little."""
     groups = defaultdict(list)
     for s in sorted(seeds, key=lambda s: bool(s.get("twin_of"))):  # a seed before its twins
         groups[s.get("twin_of") or s["id"]].append(s)
     for g in groups.values():
         if g[0].get("twin_of"):
             made |= {s["id"]: {"id": s["id"], "why": "its seed is missing"} for s in g}
-    todo, path = [g for g in groups.values() if any(s["id"] not in made for s in g)], Path(args.out, "journal.jsonl")
-    with open(path, "a", encoding="utf-8") as f, tqdm(total=sum(map(len, todo)), desc="dialogues", disable=None) as bar:
+    todo = [g for g in groups.values() if any(s["id"] not in made for s in g)]
+    talks = (converse(g, ask, target, args) for g in todo)
+    bar = tqdm(total=sum(map(len, todo)), desc="dialogues", disable=None)
+    with bar, open(Path(args.out, "journal.jsonl"), "a", encoding="utf-8") as journal:
         # twice as many as are asked at a time, so that no server waits for the last of a round
-        for records in abreast((converse(g, ask, target, args) for g in todo), 2 * args.concurrency):
-            f.write(lines(records))
-            f.flush()
+        for records in abreast(talks, 2 * args.concurrency):
+            journal.write(lines(records))
+            journal.flush()
             made |= {r["id"]: r for r in records}
             bar.update(len(records))
 
@@ -577,14 +577,15 @@ def make_dialogues(seeds, made, ask, target, args):
 def repeats(dialogues):
     """{id: why} of the dialogues that say what an earlier one about the same picture said, in the same words or nearly
     so. The same words about another picture are another dialogue: a benign twin is one."""
-    earlier, found = defaultdict(list), {}
+    earlier, found = defaultdict(dict), {}
     for d in dialogues:
-        words, others = spoken(d), earlier[d["images"][0]]
+        words, others = spoken(d), earlier[d["images"][0]]  # {words: their trigrams}
+        grams = {*ngrams(words, 3)}
         if words in others:
             found[d["id"]] = "exact duplicate"
-        elif nearest(map(trigrams, others), [trigrams(words)])[0] >= NEAR:
+        elif nearest([*others.values()], [grams])[0] >= NEAR:
             found[d["id"]] = "near duplicate"
-        others.append(words)
+        others[words] = grams
     return found
 
 
@@ -615,21 +616,17 @@ def write_splits(seeds, made, args):
 
 def spoken(dialogue):
     """The words of the user turns, in order."""
-    return " ".join(text_of(m["content"]) for m in dialogue["messages"] if m["role"] == "user").lower().split()
+    return tuple(" ".join(text_of(m["content"]) for m in dialogue["messages"] if m["role"] == "user").lower().split())
 
 
 def ngrams(words, n):
     return list(zip(*(words[i:] for i in range(n))))
 
 
-def trigrams(words):
-    return {*ngrams(words, 3)}
-
-
 def nearest(these, those):
-    """Sets of n-grams -> for each of those the largest Jaccard index with one of these. By an index from n-gram to sets:
-    of 13,000 dialogues few share any with a given one."""
-    these, holders, best = [*these], defaultdict(list), []
+    """Texts as sets of n-grams -> for each of those the largest Jaccard index with one of these. Only texts that share
+    an n-gram are compared: all pairs of 13,000 and 3,000 dialogues would take minutes."""
+    holders, best = defaultdict(list), []
     for i, grams in enumerate(these):
         for gram in grams:
             holders[gram].append(i)
@@ -640,17 +637,17 @@ def nearest(these, those):
 
 
 def self_bleu(texts):
-    """Mean BLEU-4 of each text (a list of words) against all the others (Zhu et al. 2018), without a brevity penalty:
-    among many references one is as long. An n-gram is right as often as it stands in the reference with most of it. That
-    may be the text itself, so the second most is kept: where another text has more, its own count is below that."""
+    """Mean BLEU-4 of each text (its words) against all the others (Zhu et al. 2018), without a brevity penalty: among
+    many references one is as long. An n-gram counts as often as in the other text that has most of it, at most as often
+    as here. The second largest count of all texts gives just that, whether or not the largest is the text's own."""
     scores = [1.0] * len(texts)
     for n in range(1, 5):
-        counts, most = [Counter(ngrams(words, n)) for words in texts], defaultdict(lambda: [0, 0])
+        counts, largest = [Counter(ngrams(words, n)) for words in texts], defaultdict(lambda: [0, 0])
         for count in counts:
             for gram, k in count.items():
-                most[gram] = sorted([*most[gram], k])[1:]
+                largest[gram] = sorted([*largest[gram], k])[1:]
         for i, count in enumerate(counts):
-            scores[i] *= sum(min(k, most[gram][0]) for gram, k in count.items()) / max(1, count.total())
+            scores[i] *= sum(min(k, largest[gram][0]) for gram, k in count.items()) / max(1, count.total())
     return sum(score ** 0.25 for score in scores) / len(scores)
 
 
@@ -662,17 +659,17 @@ def audit(folder):
     splits = {p.stem: read_dialogues([p]) for p in files if p.exists() and p.stat().st_size}
     if not splits:
         fail(f"{folder}: no sft.jsonl, rl.jsonl or bench.jsonl with dialogues in it")
+    seeds = {name: {d["seed_id"] for d in rows} for name, rows in splits.items()}
     pictures = {name: {file_hash(i) for d in rows for i in d["images"]} for name, rows in splits.items()}
-    words, leaks = {name: [tuple(spoken(d)) for d in rows] for name, rows in splits.items()}, 0
+    words, leaks = {name: [spoken(d) for d in rows] for name, rows in splits.items()}, 0
     for a, b in itertools.combinations(splits, 2):
-        seeds = {d["seed_id"] for d in splits[a]} & {d["seed_id"] for d in splits[b]}
-        both = pictures[a] & pictures[b]
-        jaccard = nearest(map(trigrams, words[a]), map(trigrams, words[b]))
-        print(f"{a} and {b}: {len(seeds)} seeds and {len(both)} pictures in both {sorted(seeds)[:5] or ''}",
-              f"  of {len(jaccard)} dialogues in {b}, {sum(w in {*words[a]} for w in words[b])} say what one in {a} says, "
-              f"{sum(j >= NEAR for j in jaccard)} nearly (Jaccard {NEAR} or more)",
-              f"  nearest in {a}: Jaccard {sum(jaccard) / len(jaccard):.2f} on average, {max(jaccard):.2f} at most", sep="\n")
-        leaks += len(seeds) + len(both)
+        shared, both, exact = seeds[a] & seeds[b], pictures[a] & pictures[b], {*words[a]}
+        jaccard = nearest(*([{*ngrams(w, 3)} for w in words[name]] for name in (a, b)))
+        print(f"{a} and {b}: {len(shared)} seeds and {len(both)} pictures in both {sorted(shared)[:5] or ''}")
+        print(f"  of {len(jaccard)} dialogues in {b}, {sum(w in exact for w in words[b])} say what one in {a} says, "
+              f"{sum(j >= NEAR for j in jaccard)} nearly (Jaccard {NEAR} or more)")
+        print(f"  nearest in {a}: Jaccard {sum(jaccard) / len(jaccard):.2f} on average, {max(jaccard):.2f} at most")
+        leaks += len(shared) + len(both)
     for name, rows in splits.items():
         # a twin repeats the words of its seed: they count once
         texts = [w for _, w in sorted({(d["seed_id"], w) for d, w in zip(rows, words[name])})]
