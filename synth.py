@@ -2,9 +2,9 @@
 
 From single-turn seeds (image, question) to multi-turn dialogues of three kinds, with the lengths of [R], the authors'
 repository: *red_team* (4-8 turns, under one of eight strategies), *obfuscated* (3-6, each turn harmless alone, the
-intent comes out step by step) and *benign* (3-5, a harmless goal; keeps capability and prices over-refusal). An attacker
-plans the user turns, a defender answers them one by one as `<thinking>..</thinking><answer>..</answer>`, with what was
-said before in view. Splits are made by seed and image: everything that shares either is in one split.
+intent comes out step by step) and *benign* (3-5, a harmless goal; keeps capability and prices over-refusal). One model,
+the attacker, plans the user turns; a defender answers them one by one, with what was said before in view, as
+`<thinking>..</thinking><answer>..</answer>`. Everything that shares a seed or a picture is in one split.
 
     make toy                                                                                       # laptop, see there
     python synth.py --seeds data/seeds.jsonl --generator http://localhost:8000/v1 --generator_model NAME \\
@@ -16,7 +16,9 @@ Writes OUT/sft.jsonl, rl.jsonl, bench.jsonl and images/. One JSON object a line,
 content is a string or a list of {"type": "image"} / {"type": "text", "text": ..}; image paths are relative to the file.
 journal.jsonl holds every dialogue as soon as it is made, and why others were dropped: --resume goes on from it.
 
-Seeds, and the data of all other scripts, may be files of public sets as they come, or folders of them (see `ours`).
+Seeds are JSONL: id, seed_id, image, question, kind, category, and if need be split and twin_of (a benign twin asks the
+words of that seed about another picture). They, and the data of all other scripts, may also be files of public sets as
+they come, or folders of them with their pictures (see `ours`).
 """
 
 import argparse
@@ -85,28 +87,24 @@ def parse_args(argv=None):
         return p.parse_args(argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
     add, every = p.add_argument, [*judge.STRATEGIES]
-    add("--seeds", required=True, nargs="+", help="JSONL of seeds: id, seed_id, image, question, kind, category, "
-        "optional split and twin_of; or a public set: JSONL, JSON, CSV, or a folder of them with its pictures")
-    add("--generator", required=True, help="chat back end that plays attacker, defender and evaluator: toy, "
-        "http(s)://host:port/v1, or local:PATH")
+    add("--seeds", required=True, nargs="+", help="files of seeds or of public sets: JSONL, JSON, CSV; folders of them")
+    add("--generator", required=True, help="attacker and defender, a chat back end: toy, http(s)://host/v1, local:PATH")
     add("--generator_model", help="model name at that address; its key is in GENERATOR_API_KEY or OPENAI_API_KEY")
-    add("--target", help="chat back end that is attacked: red-team plans that do not get through to it are dropped; "
-        "none: no such filter, as in the pipeline of [R], which has an evaluator and never calls it")
+    add("--target", help="chat back end to attack; red-team plans it withstands are dropped; none: all stay, as in [R]")
     add("--target_model", help="model name at that address; its key is in TARGET_API_KEY or OPENAI_API_KEY")
-    add("--min_success", type=int, default=4, choices=range(1, 6), help="the evaluator's score from which an attack "
-        "got through: 4 is part of what was wanted (scale 1 to 5 [R], threshold ours)")
-    add("--obfuscated", type=float, default=0.25, metavar="SHARE", help="of the harmful questions of public sets, "
-        "which name no kind, this share becomes obfuscated dialogues, the rest red_team (ours)")
+    add("--min_success", type=int, default=4, choices=range(1, 6), help="score of a plan that gets through (scale [R], "
+        "threshold ours: part of what was wanted); --generator scores")
+    add("--obfuscated", type=float, default=0.25, help="share of the harmful questions of public sets that "
+        "becomes obfuscated dialogues (ours); they name no kind, the rest is red_team")
     add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for sft.jsonl, rl.jsonl, bench.jsonl and images/")
-    add("--resume", action="store_true", help="go on with the run in --out; back ends may have moved to other addresses")
+    add("--resume", action="store_true", help="go on with the run in --out; addresses of back ends may differ")
     add("--allow_changes", action="store_true", help="resume although arguments or seeds are not those it began with")
     add("--splits", type=float, nargs=3, default=(0.75, 0.10, 0.15), metavar=("SFT", "RL", "BENCH"),
         help="shares of the seeds without a split of their own (ours; the paper's data are 71 : 11 : 18)")
-    add("--sft_strategies", nargs="+", default=every, help="strategies of the red-team and obfuscated SFT dialogues")
-    add("--rl_strategies", nargs="+", default=every, help="strategies of RL; benign SFT dialogues ask in all these "
-        "ways, so that the way alone tells nothing")
+    add("--sft_strategies", nargs="+", default=every, help="strategies of red-team and obfuscated SFT dialogues")
+    add("--rl_strategies", nargs="+", default=every, help="of RL, and of benign SFT, lest the way alone tell harm")
     add("--bench_strategies", nargs="+", default=every, help="strategies of the bench")
     add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
     add("--allow_outside", action="store_true", help="pictures may lie outside the folder of --seeds")
@@ -445,8 +443,9 @@ def split_seeds(seeds, shares, seed):
             x = group[x]
         return x
     for s in seeds:
-        s["image_hash"] = file_hash(Path(s["folder"], s["image"]))
-        a, b = sorted((find(s["seed_id"]), find("image " + s["image_hash"])))
+        picture = file_hash(Path(s["folder"], s["image"]))
+        s["copy"] = f"images/{picture[:16]}{Path(s['image']).suffix}"  # its place in --out
+        a, b = sorted((find(s["seed_id"]), find(f"image {picture}")))
         group[b] = a
     fixed = {}
     for s in seeds:
@@ -454,9 +453,7 @@ def split_seeds(seeds, shares, seed):
             fail(f"{s['id']}: split {s['split']}, but a seed with the same seed_id or image has another")
     for s in seeds:
         root = find(s["seed_id"])
-        draw = random.Random(f"{seed}/{root}").random() * sum(shares)
-        drawn = "sft" if draw < shares[0] else "rl" if draw < shares[0] + shares[1] else "bench"
-        s["split"] = fixed.get(root, drawn)
+        s["split"] = fixed.get(root) or random.Random(f"{seed}/{root}").choices(SPLITS, shares)[0]
     return seeds
 
 
@@ -503,6 +500,7 @@ def converse(group, ask, target, args):
     s, why = group[0], UNUSABLE
     low, high = (2, 10) if s["split"] == "bench" else TURNS[s["kind"]]  # the bench spans 2 to 10 turns [S]
     n = random.Random(f"{args.seed}/{s['seed_id']}").randint(low, high)
+    # benign SFT dialogues ask in the ways of RL: were they seen in harmful ones only, the way alone would tell
     ways = "rl" if s["split"] == "sft" and s["kind"] == "benign" else s["split"]
     ways = {k: judge.STRATEGIES[k] for k in getattr(args, f"{ways}_strategies")} | judge.EVOLUTIONS
     document = {"kind": s["kind"], "question": s["question"], "turns": n, "strategies": ways}
@@ -528,11 +526,7 @@ def dialogue_of(seed, plan, said):
     strategies = [t["strategy"] for t in plan if str(t.get("strategy")) in judge.STRATEGIES]
     return {"id": seed["id"], "seed_id": seed["seed_id"], "kind": seed["kind"],
             "strategy": max(strategies, key=strategies.count, default=""), "category": seed.get("category", ""),
-            "split": seed["split"], "images": [image_name(seed)], "messages": messages}
-
-
-def image_name(seed):
-    return f"images/{seed['image_hash'][:16]}{Path(seed['image']).suffix}"
+            "split": seed["split"], "images": [seed["copy"]], "messages": messages}
 
 
 def abreast(talks, width):
@@ -592,7 +586,7 @@ def repeats(dialogues):
 def write_splits(seeds, made, args):
     """sft.jsonl, rl.jsonl, bench.jsonl, images/, the journal in order; what became of the seeds. -> how many failed"""
     for s in seeds:
-        shutil.copyfile(Path(s["folder"], s["image"]), Path(args.out, image_name(s)))
+        shutil.copyfile(Path(s["folder"], s["image"]), Path(args.out, s["copy"]))
     made = {i: made[i] for i in sorted(s["id"] for s in seeds)}
     write_whole(Path(args.out, "journal.jsonl"), lines(made.values()))
     why = {i: r["why"] for i, r in made.items() if "why" in r}
