@@ -219,7 +219,7 @@ def text_of(content):
 
 def user_turns(dialogue):
     """[(content, [image paths])] of the scripted user turns: what a replay says, and the fallback of the tutor."""
-    images = iter(dialogue["images"])  # one path for each image part, in their order
+    images = iter(dialogue["images"])  # one path for each image part, in the same order
     return [(m["content"], [next(images) for p in parts_of(m["content"]) if p["type"] == "image"])
             for m in dialogue["messages"] if m["role"] == "user"]
 
@@ -276,7 +276,7 @@ def check_dialogue(record, folder, outside=False):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return "messages: not a list of messages"
     roles = [m.get("role") for m in messages]
-    roles = roles[1:] if roles[0] == "system" else roles
+    roles = roles[1:] if roles[0] == "system" else roles  # may end with a user turn that nobody answered
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
         return "messages: roles must be [system,] user, assistant, user, .."
     n_images = 0
@@ -357,6 +357,7 @@ def as_dialogue(path, folder, name, said, image, category="", kind="red_team", s
     first = next(m for m in messages if m["role"] == "user")
     question, images = first["content"], [image] * bool(image)
     first["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    # source: its subset, in the tables of eval.py
     return {"id": str(name), "seed_id": str(seed or image or name), "kind": kind, "category": str(category or ""),
             "source": path.stem, "image": image, "question": question, "images": images, "messages": messages}
 
@@ -371,7 +372,7 @@ def ours(r, path, folder, number):
     made, name = partial(as_dialogue, path, folder), f"{path.stem}-{r.get('id', r.get('instruction_id', number))}"
     if "seed_id" in r and r.get("question"):  # a seed of ours: what it says stays
         new = made("", r["question"], r.get("image"))
-        return [{**new, "source": "", **r, "image": new["image"]}]
+        return [{**new, "source": "", **r, "image": new["image"], "images": new["images"]}]
     if "messages_fixed" in r:  # the authors' bench
         return [made(r["question_id"], r["messages_fixed"], r.get("image"), r.get("category"))]
     if "metadata" in r:  # the authors' RL
@@ -458,12 +459,13 @@ def split_seeds(seeds, shares, seed):
 
 
 def request(system, document, seed):
+    """The picture goes with every request: a chat back end remembers nothing."""
     return {"system": system, "text": judge.as_data(document),
             "image": image_png(str(Path(seed["folder"], seed["image"])))}
 
 
 def read_plan(text):
-    """The attacker's turns, two at least, or None."""
+    """The attacker's turns, or None: two at least, and no more than ten are played, whatever was asked for."""
     turns = (judge.read_json(text) or {}).get("turns")
     if isinstance(turns, list) and len(turns) > 1 and all(
             isinstance(t, dict) and isinstance(t.get("user"), str) and t["user"].strip() for t in turns):
@@ -476,6 +478,7 @@ def read_reply(text):
 
 
 def read_tagged(text):
+    """A reply that passes the format gate: a student learns its tags from nothing else."""
     reply = read_reply(text)
     return reply if reply and judge.split_reply(reply)[2] else None
 
@@ -537,7 +540,7 @@ def abreast(talks, width):
         together = defaultdict(list)
         for talk, (ask, _, read) in waiting.items():
             together[ask, read].append(talk)
-        for (ask, read), asking in together.items():
+        for (ask, read), asking in together.items():  # ask_and_read takes requests that are read alike
             results, _ = judge.ask_and_read(ask, [waiting[talk][1] for talk in asking], read)
             for talk, result in zip(asking, results):
                 del waiting[talk]
@@ -585,12 +588,13 @@ def repeats(dialogues):
 
 def write_splits(seeds, made, args):
     """sft.jsonl, rl.jsonl, bench.jsonl, images/, the journal in order; what became of the seeds. -> how many failed"""
+    Path(args.out, "images").mkdir(exist_ok=True)
     for s in seeds:
         shutil.copyfile(Path(s["folder"], s["image"]), Path(args.out, s["copy"]))
-    made = {i: made[i] for i in sorted(s["id"] for s in seeds)}
+    made = {i: made[i] for i in sorted(s["id"] for s in seeds)}  # as they came, kills and servers would show
     write_whole(Path(args.out, "journal.jsonl"), lines(made.values()))
     why = {i: r["why"] for i, r in made.items() if "why" in r}
-    why |= repeats([r for r in made.values() if "why" not in r])
+    why |= repeats([r for r in made.values() if "why" not in r])  # by id: who is the first does not depend on the run
     for split in SPLITS:
         rows = [r for i, r in made.items() if i not in why and r["split"] == split]
         write_whole(Path(args.out, f"{split}.jsonl"), lines(rows))
@@ -699,7 +703,6 @@ def begin(args):
     path = Path(args.out, "journal.jsonl")
     made = {r["id"]: r for r in read_log(path, "id").values() if r.get("why") != UNUSABLE}
     write_whole(path, lines(made.values()))  # without a torn last line
-    Path(args.out, "images").mkdir(exist_ok=True)
     return made
 
 
