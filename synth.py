@@ -401,7 +401,7 @@ def ours(r, path, folder, number):
 def read_records(paths, check, skip_bad):
     """Data files -> records of ours that pass `check(record, folder)`. Bad ones are all named before any work is done:
     file, line, field, the first 20 and the count; then exit 2, or go on without them (skip_bad)."""
-    records, bad, seen = [], [], set()
+    records, bad = {}, []
     for path, folder in data_files(paths):
         for number, entry in enumerate(entries(path), 1):
             try:
@@ -411,18 +411,17 @@ def read_records(paths, check, skip_bad):
             except (ValueError, RecursionError, LookupError, TypeError, AttributeError, StopIteration) as error:
                 found = [(None, f"record: cannot be read ({error!r})")]
             for record, wrong in found:
-                if not wrong and record["id"] in seen:
+                if not wrong and record["id"] in records:
                     wrong = f"id: {record['id']} appears twice"
                 if wrong:
                     bad.append(printable(f"{path}:{number}: {wrong}"))
                 else:
-                    seen.add(record["id"])
-                    records.append({**record, "folder": str(folder)})
+                    records[record["id"]] = {**record, "folder": str(folder)}
     if bad:
         print(*bad[:20], f"{len(bad)} bad records", sep="\n", file=sys.stderr)
     if not records or bad and not skip_bad:
         fail("no usable record" if not records else "nothing was done; --skip_bad goes on without them")
-    return records
+    return [*records.values()]
 
 
 def read_dialogues(paths, skip_bad=False, outside=False):
@@ -435,8 +434,8 @@ def read_dialogues(paths, skip_bad=False, outside=False):
 # ---------------------------------------------------------------- from seeds to dialogues
 
 def split_seeds(seeds, shares, seed):
-    """Give every seed a split, its own or one drawn by `shares`. Seeds that share a seed_id or an image are one group
-    and stay together (union-find over both names; the least name is the root, whatever the order of the file)."""
+    """Give every seed a split, its own or one drawn by `shares`. Seeds that share a seed_id or a picture, whatever its
+    file is called, are one group and stay together: union-find over both names, the least name of a group its root."""
     group = {}
 
     def find(x):
@@ -694,13 +693,13 @@ def read_seeds(args):
 
 
 def begin(args):
-    """A new folder, or on --resume the old one. -> {id: record} of its journal, without what is to be asked again"""
+    """A new folder, or on --resume the old one. -> {id: record} of its journal"""
     if args.resume and Path(args.out, "meta.json").exists():  # an address changes when a server starts again
         free = {"generator", "target", "concurrency", "timeout", "out", "resume", "allow_changes"}
         refuse_changes(args, about(args), read_meta(args.out, "args", "data"), free)
     else:
         refuse_overwrite(args.out)
-    path = Path(args.out, "journal.jsonl")
+    path = Path(args.out, "journal.jsonl")  # a dialogue, or why there is none; only what failed is tried again
     made = {r["id"]: r for r in read_log(path, "id").values() if r.get("why") != UNUSABLE}
     write_whole(path, lines(made.values()))  # without a torn last line
     return made
