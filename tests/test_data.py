@@ -433,6 +433,14 @@ def test_numbers_and_folders_that_cannot_be_are_one_line(toy_seeds, capsys, word
     assert stopped.value.code == 2 and words[0] in error and error.count("\n") == 1
 
 
+def test_a_stop_before_meta_is_written_leaves_nothing_in_the_way(toy_seeds, monkeypatch):
+    monkeypatch.setattr(synth, "write_meta", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_on(toy_seeds)
+    monkeypatch.undo()
+    assert run_on(toy_seeds, "--resume") == run_on(toy_seeds, out="whole")
+
+
 def test_a_folder_of_something_else_is_not_gone_on_with(toy_seeds):
     (toy_seeds / "out").mkdir()
     (toy_seeds / "out/sft.jsonl").write_text("dear")
