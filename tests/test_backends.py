@@ -198,10 +198,10 @@ def test_a_server_that_takes_no_schema_is_asked_without_one():
 
 
 def test_the_wire(toy_url, monkeypatch):
-    """What an OpenAI-compatible server needs to see, as huggingface_hub sends it."""
-    from huggingface_hub.utils import get_session
-    ask, seen = judge.backend(toy_url, "name/of-model"), []
-    get_session().event_hooks["request"].append(lambda r: seen.append(json.loads(r.content)))
+    """What an OpenAI-compatible server needs to see."""
+    import httpx2
+    ask, seen, send = judge.backend(toy_url, "name/of-model"), [], httpx2.Client.send
+    monkeypatch.setattr(httpx2.Client, "send", lambda self, r, **more: seen.append(json.loads(r.content)) or send(self, r, **more))
     request = requests_of(2)[1]
     ask([request])
     body, = seen
