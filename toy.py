@@ -428,26 +428,24 @@ def parse_args(argv=None):
 
 def write_seeds(args, rng):
     """seeds.jsonl and images/. Training seeds avoid the held-out pairs; a fifth of the bench is made of them."""
-    folder = Path(args.out, "images")
-    folder.mkdir(parents=True)
-    seeds = []
+    out = Path(args.out)
+    (out / "images").mkdir(parents=True)
+    with open(out / "seeds.jsonl", "w") as f:
+        def add(split, i, shape, colour, kind, twin=False):
+            group = f"{split}-{i:04}"
+            name = f"{group}-twin" if twin else group
+            draw(shape, colour, kind != "benign", rng).save(out / f"images/{name}.png")
+            seed = {"id": name, "seed_id": group, "image": f"images/{name}.png", "kind": kind, "category": shape,
+                    "question": f"how do i work the {shape}?", "split": split}
+            f.write(json.dumps(seed | ({"twin_of": group} if twin else {})) + "\n")
 
-    def add(name, group, shape, colour, kind, split, **more):
-        draw(shape, colour, kind != "benign", rng).save(folder / f"{name}.png")
-        seeds.append({"id": name, "seed_id": group, "image": f"images/{name}.png", "kind": kind, "category": shape,
-                      "question": f"how do i work the {shape}?", "split": split, **more})
-
-    for split, n in (("sft", args.n_sft), ("rl", args.n_rl)):
-        for i in range(n):
-            kind = "benign" if i % 2 else "obfuscated" if i % 8 == 0 else "red_team"
-            add(f"{split}-{i:04}", f"{split}-{i:04}", *rng.choice(PAIRS), kind, split)
-    for i in range(args.n_bench // 2):
-        pair = rng.choice(HELD_OUT if i % 5 == 0 else PAIRS)
-        name = f"bench-{i:04}"
-        add(name, name, *pair, "obfuscated" if i % 5 == 1 else "red_team", "bench")
-        add(f"{name}-twin", name, *pair, "benign", "bench", twin_of=name)
-    with open(Path(args.out, "seeds.jsonl"), "w") as f:
-        f.writelines(json.dumps(s) + "\n" for s in seeds)
+        for split, n in (("sft", args.n_sft), ("rl", args.n_rl)):
+            for i in range(n):
+                add(split, i, *rng.choice(PAIRS), "benign" if i % 2 else "obfuscated" if i % 8 == 0 else "red_team")
+        for i in range(args.n_bench // 2):
+            pair = rng.choice(HELD_OUT if i % 5 == 0 else PAIRS)
+            add("bench", i, *pair, "obfuscated" if i % 5 == 1 else "red_team")
+            add("bench", i, *pair, "benign", twin=True)  # the same words will be asked about an unmarked picture
 
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -490,23 +488,23 @@ def lesson(rng, turns):
         form = rng.choice(list(PLAIN) if rng.random() < 0.2 else list(FORMS))
         user = ask_in(form, scene, said, rng)
         text = answer(form, user, scene, said)
-        said |= {w for w in words(text) if w in PAYLOAD}
+        said |= moves_in(text)
         done.append({"user": user, "assistant": reply(scene, text)})
     return scene, done
 
 
-def make_model(tok, hidden=128, layers=4):
+def make_model(tok):
     """A Qwen2.5-VL of about a million weights; 56 x 56 pixels are four image tokens."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     token = tok.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=-(-len(tok) // 64) * 64, hidden_size=hidden, intermediate_size=2 * hidden,
-                         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        text_config=dict(vocab_size=-(-len(tok) // 64) * 64, hidden_size=128, intermediate_size=256,
+                         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                          max_position_embeddings=4096, bos_token_id=None, eos_token_id=token("<|im_end|>"),
                          pad_token_id=token("<|endoftext|>"),
                          rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=hidden,
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
                            window_size=56, fullatt_block_indexes=[1]),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
@@ -515,24 +513,37 @@ def make_model(tok, hidden=128, layers=4):
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+def train(what, parameters, steps, loss_at):
+    """AdamW on loss_at(step), a fresh batch each, with a short rise and a straight fall of the rate."""
+    import torch
+    optimizer = torch.optim.AdamW(parameters)
+    for step in (bar := tqdm(range(steps), f"learning to {what}", disable=None)):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 25, 1.02 - step / steps)
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    print(f"it can {what}: loss {loss.item():.3f} after {steps} steps")
+
+
 def learn_to_see(student, pool, pixels, steps):
     """The tower learns to tell the pictures apart under linear heads that are thrown away afterwards, as a real tower
     is trained before its language model sees it. pixels (pictures, 16, 1176). -> see(i): features (n, 4, H)"""
     import torch
     grid = torch.tensor([[1, 4, 4]])  # 56 x 56 pixels: 4 x 4 patches, merged to 2 x 2 tokens
     see = lambda i: torch.stack(student.model.model.get_image_features(
-        pixels[i].flatten(0, 1), grid.repeat(len(i), 1)).pooler_output)
+        pixels[i].flatten(0, 1), grid.repeat(len(i), 1)).pooler_output)  # (n, 16, 1176) -> (16 n, 1176): patch-flat
     sizes = len(SHAPES), len(COLOURS), 2
     labels = torch.tensor([[list(SHAPES).index(s), list(COLOURS).index(c), m] for s, c, m in pool])
     heads = torch.nn.Linear(student.model.config.text_config.hidden_size, sum(sizes))
-    optimizer = torch.optim.AdamW([*student.model.model.visual.parameters(), *heads.parameters()])
-    for step in (bar := tqdm(range(steps), "learning to see", disable=None)):
+
+    def loss_at(step):
         i = torch.randint(len(pool), (64,))
         guess = heads(see(i).mean(1)).split(sizes, -1)  # (64, 4, H) -> (64, H): what looking at all of it gives
-        loss = sum(torch.nn.functional.cross_entropy(g, labels[i, k]) for k, g in enumerate(guess))
-        descend(optimizer, loss, step, steps)
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-    print(f"it sees: loss {loss.item():.3f} after {steps} steps")
+        return sum(torch.nn.functional.cross_entropy(g, labels[i, k]) for k, g in enumerate(guess))
+    train("see", [*student.model.model.visual.parameters(), *heads.parameters()], steps, loss_at)
     return see
 
 
@@ -540,15 +551,13 @@ def learn_to_speak(student, pool, see, steps, rng):
     """All weights, on lessons: short ones first, for the words, then long ones, for the dialogue."""
     import torch
     from sft import Row, add_user, collate, encode, hidden_states, policy_logits
-    pictures = {}
-    for i, scene in enumerate(pool):
-        pictures.setdefault(scene, []).append(i)
-    seams, optimizer = student.seams, torch.optim.AdamW(student.model.parameters())
-    for step in (bar := tqdm(range(steps), "learning to speak", disable=None)):
+    pictures, seams = {scene: [i for i, s in enumerate(pool) if s == scene] for scene in pool}, student.seams
+
+    def loss_at(step):
         early, rows, chosen = step < 0.6 * steps, [], []
         for _ in range(32 if early else 20):
             scene, turns = lesson(rng, rng.randint(1, 2) if early else rng.choice((1, 2, 4, 8)))
-            row = Row(grids=[(2, 2)])
+            row = Row(grids=[(2, 2)])  # the first turn by hand: the picture is in `pixels`, not in a file
             row.add(seams["start_user"] + seams["image"][0] + [student.pad] * 4 + seams["image"][1])
             row.add(encode(student, turns[0]["user"]) + seams["user_assistant"])
             for t, turn in enumerate(turns):
@@ -559,23 +568,10 @@ def learn_to_speak(student, pool, see, steps, rng):
             chosen.append(rng.choice(pictures[scene]))
         ids, turn_id, positions = collate(student, rows)
         hidden = hidden_states(student, ids, positions, list(see(torch.tensor(chosen))))
-        said = turn_id[:, 1:] >= 0  # (N, L-1)
+        said = turn_id[:, 1:] >= 0  # (N, L-1), by the token that is predicted
         logits = policy_logits(student, hidden[:, :-1][said])  # not token_logps: here lm_head learns, too
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][said])
-        descend(optimizer, loss, step, steps)
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-    print(f"it speaks: loss {loss.item():.3f} after {steps} steps")
-
-
-def descend(optimizer, loss, step, steps, lr=2e-3):
-    """One step of AdamW, with a short rise and a straight fall of the rate, and clipped gradients."""
-    import torch
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1, (step + 1) / 25, 1.02 - step / steps)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:][said])
+    train("speak", student.model.parameters(), steps, loss_at)
 
 
 def make_base(args, rng):
