@@ -132,7 +132,8 @@ def tutor_request(kind, turns, image, strategies, final):
     turns = [{"user": t["user"], "assistant": t["assistant"]} for t in turns]
     known = {**STRATEGIES, **EVOLUTIONS}
     document = {"kind": kind, "strategies": {s: known[s] for s in strategies}, "final": final, "dialogue": turns}
-    schema = shape(diagnosis=TEXT, scores=shape(**whole(TUTOR_RANGES)), strategy={"enum": [*strategies]}, next_turn=TEXT)
+    scores = shape(**whole(TUTOR_RANGES))
+    schema = shape(diagnosis=TEXT, scores=scores, strategy={"enum": [*strategies]}, next_turn=TEXT)
     return {"system": TUTOR_SYSTEM, "text": as_data(document), "image": image, "schema": schema}
 
 
@@ -219,7 +220,7 @@ def ask_and_read(ask, requests, read):
     results = [read(text) for text in raw]
     again = {i: REPAIR for i, result in enumerate(results) if result is None}
     again |= {i: PLAY for i, result in enumerate(results) if isinstance(result, dict) and "declined" in result}
-    if again:
+    if again:  # all of them in one call
         for i, text in zip(again, ask([{**requests[i], "text": requests[i]["text"] + again[i]} for i in again])):
             result = read(text)
             if result is not None or results[i] is None:  # the scores of a tutor that declined stand if need be
@@ -231,7 +232,7 @@ def ask_and_read(ask, requests, read):
 
 ATTEMPTS, PAUSE, PATIENCE = 6, 0.5, 20  # per request; seconds, doubled each time; requests in a row without any reply
 MAX_NEW = 2048  # tokens of a served reply: room for a model that thinks first
-LOCAL_NEW = 1024  # of a local one, which does not: ten turns of a plan fit, and a rambling row holds up its batch no longer
+LOCAL_NEW = 1024  # of a local one, which does not: a plan of ten turns fits, and a rambling row holds up its batch
 LOCAL_TOKENS = 2 ** 16  # prompt and reply of all rows of a batch: bounds the cache, 3.5 GiB of it for a 7B (ours)
 
 
@@ -242,7 +243,7 @@ class BackendError(SystemExit):
 def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0, student=None):
     """The `ask` function named by a flag's value: toy; the address of an OpenAI-compatible server, where the
     environment's `key`, else OPENAI_API_KEY, is sent; local:PATH, a Qwen2.5-VL in this process, NF4 (local16:PATH: not
-    quantised); local:self, the base of student() without its adapters. Raises ValueError for a value that names none."""
+    quantised); local:self, the base of student() without its adapters. Raises ValueError where a value names none."""
     if concurrency < 1 or not timeout > 0:
         raise ValueError(f"--concurrency {concurrency}, --timeout {timeout}: both must be above 0")
     if spec == "toy":
@@ -261,13 +262,14 @@ def backend(spec, model=None, key="TUTOR_API_KEY", concurrency=40, timeout=120.0
         if kind != "qwen2_5_vl":
             raise ValueError(f"{spec}: not a Qwen2.5-VL but {kind}")
         return local(functools.partial(load_local, found[2], not found[1]))
-    if re.search("[@?]", spec):
+    if re.search("[@?]", spec):  # an address is shown in errors
         raise ValueError(f"a key belongs in {key}, not in an address")
     if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", spec):
-        raise ValueError(f"unknown chat back end {spec!r}: expected toy, http(s)://host:port/v1, local:PATH or local:self")
+        raise ValueError(f"unknown back end {spec!r}: expected toy, http(s)://host:port/v1, local:PATH or local:self")
     if not model:
         raise ValueError(f"{spec}: which model? --{key.split('_')[0].lower()}_model")
-    return served(spec, model, os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or "none", concurrency, timeout)
+    secret = os.environ.get(key) or os.environ.get("OPENAI_API_KEY") or "none"  # a server without keys takes any
+    return served(spec, model, secret, concurrency, timeout)
 
 
 @functools.cache  # one model, however many roles it plays
@@ -300,8 +302,8 @@ def local(student):
                 longest = max(len(rows[i].ids) for i in batch)
                 limits = SimpleNamespace(max_tokens=longest, max_new=LOCAL_NEW, temperature=0.0)
                 images = encode_images(speaker, [png for i in batch for png in dialogues[i]["images"]])
-                talks = rollout(speaker, [dialogues[i] for i in batch], [()] * len(batch),
-                                lambda talks: [None] * len(talks), limits, images)
+                talks = rollout(speaker, [dialogues[i] for i in batch], [()] * len(batch),  # (): no noise to be keyed
+                                lambda talks: [None] * len(talks), limits, images)  # None: it ends with its first turn
                 for i, talk in zip(batch, talks):
                     replies[i] = talk.turns[0]["assistant"]
         speaker.model.train(training)
@@ -315,7 +317,8 @@ def image_part(png):
 
 
 def complete(client, model, request, schema):
-    """One call in OpenAI's protocol -> the reply's text, None for one that is no text. Raises whatever went wrong."""
+    """One call in OpenAI's protocol -> the reply's text, or None: a server's reasoning parser may have taken all of it.
+    Raises whatever went wrong."""
     if not (messages := request.get("messages")):
         content = [image_part(request["image"])] if request["image"] else []
         content.append({"type": "text", "text": request["text"]})
@@ -330,11 +333,11 @@ def complete(client, model, request, schema):
 
 
 def served(url, model, key, concurrency, timeout):
-    """-> ask, over one kept client; a request that fails too often is None: missing. The client is httpx's, plain: on
-    top of it huggingface_hub would send the user's Hub token where there is no key, and nothing at all when the Hub is
-    switched off."""
+    """-> ask, over one kept client; a request that fails too often is None: missing. The client is the one inside
+    huggingface_hub: with the Hub's wrapping it would send the user's Hub token for want of a key, and nothing at all
+    when HF_HUB_OFFLINE is set."""
     import httpx2
-    client = httpx2.Client(base_url=url.rstrip("/").removesuffix("/v1") + "/v1/", timeout=timeout,
+    client = httpx2.Client(base_url=url.rstrip("/").removesuffix("/v1") + "/v1/", timeout=timeout,  # of each read, in s
                            headers={"Authorization": f"Bearer {key}"}, limits=httpx2.Limits())  # the pool is the limit
     pool, dead = ThreadPoolExecutor(concurrency), threading.Event()
     state = dict(schema=True, answered=False, failed=0, why="")
@@ -372,7 +375,7 @@ def served(url, model, key, concurrency, timeout):
 
     def ask(requests):
         try:
-            replies = list(pool.map(one, requests))
+            replies = list(pool.map(one, requests))  # side by side, but in the order of the requests
         except KeyboardInterrupt:
             dead.set()  # else the interpreter would wait for every attempt still to come
             raise
@@ -384,9 +387,12 @@ def served(url, model, key, concurrency, timeout):
 
 def identity(spec, *prompts, model=None):
     """What a score depends on besides the text: stored with every score, compared before scores are compared."""
-    limits = {"temperature": 0, "max_tokens": LOCAL_NEW if spec.startswith("local") else MAX_NEW} if spec != "toy" else {}
-    prompts = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
-    return {"backend": spec, "prompts": prompts, **({"model": model} if model else {}), **limits}
+    about = {"backend": spec, "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]}
+    if model:
+        about["model"] = model
+    if spec == "toy":  # rules have no settings
+        return about
+    return about | {"temperature": 0, "max_tokens": LOCAL_NEW if spec.startswith("local") else MAX_NEW}
 
 
 # ---------------------------------------------------------------- how far to trust a judge
@@ -413,7 +419,7 @@ def calibrate(args):
             if not {c["harmful"], c["refused"]} <= {True, False, None}:
                 raise ValueError("harmful, refused: neither true nor false nor null")
             image = image_png(base64.b64decode(c["image"])) if c.get("image") else None
-            system = f"{JUDGE_SYSTEM}\n\nWhat is harmful in this dialogue: {c['policy']}"
+            system = f"{JUDGE_SYSTEM}\n\nWhat is harmful in this dialogue: {c['policy']}"  # of a harmless proxy
             requests.append(judge_request(c["turns"], image) | {"system": system})
             cases.append({k: c[k] for k in ("label", "harmful", "refused")})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -424,11 +430,11 @@ def calibrate(args):
     said = [v and {"harmful": v["harmlessness"] < 0, "refused": v["refused"]} for v in verdicts]
     print(f"{len(cases)} fixtures, {said.count(None)} missing; value [95 %] n")
     for what in ("harmful", "refused"):
-        pairs = [(c[what], s[what]) for c, s in zip(cases, said) if s and c[what] is not None]
+        pairs = [(c[what], s[what]) for c, s in zip(cases, said) if s and c[what] is not None]  # null: either will do
         hits = {"accuracy": [a == b for a, b in pairs], "sensitivity": [b for a, b in pairs if a],
                 "specificity": [not b for a, b in pairs if not a]}
         rows = {k: (sum(h) / len(h), *clopper_pearson(sum(h), len(h)), len(h)) for k, h in hits.items() if h}
-        p, q = (sum(column) / len(pairs) for column in zip(*pairs)) if pairs else (0, 0)
+        p, q = (sum(column) / len(pairs) for column in zip(*pairs)) if pairs else (0, 0)  # share of yes: labels, judge
         if (chance := p * q + (1 - p) * (1 - q)) < 1:
             rows["kappa"] = *((x - chance) / (1 - chance) for x in rows["accuracy"][:3]), len(pairs)
         for name, (value, low, high, n) in rows.items():
