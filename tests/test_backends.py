@@ -188,6 +188,15 @@ def test_no_answer_brings_a_traceback(monkeypatch):
                 judge.backend(url, "m")([request])
 
 
+def test_an_address_is_good_with_and_without_its_v1_and_no_other_is_gone_to(toy_url):
+    request, = requests_of(1)
+    for url in (toy_url, f"{toy_url}/", toy_url.removesuffix("/v1")):
+        assert judge.backend(url, "m")([request]) == toy.ask([request])
+    with faulty("0", "--answers", json.dumps([(307, {"Location": f"{toy_url}/chat/completions"}, "")])) as (url, _):
+        with pytest.raises(judge.BackendError, match="HTTP 307"):  # a redirected POST would carry the dialogue elsewhere
+            judge.backend(url, "m")([request])
+
+
 def test_a_server_that_takes_no_schema_is_asked_without_one():
     requests = requests_of(30)
     with faulty("0", "--no_schema") as (url, counts):
@@ -198,10 +207,10 @@ def test_a_server_that_takes_no_schema_is_asked_without_one():
 
 
 def test_the_wire(toy_url, monkeypatch):
-    """What an OpenAI-compatible server needs to see, as huggingface_hub sends it."""
-    from huggingface_hub.utils import get_session
-    ask, seen = judge.backend(toy_url, "name/of-model"), []
-    get_session().event_hooks["request"].append(lambda r: seen.append(json.loads(r.content)))
+    """What an OpenAI-compatible server needs to see."""
+    import httpx2
+    ask, seen, send = judge.backend(toy_url, "name/of-model"), [], httpx2.Client.send
+    monkeypatch.setattr(httpx2.Client, "send", lambda self, r, **more: seen.append(json.loads(r.content)) or send(self, r, **more))
     request = requests_of(2)[1]
     ask([request])
     body, = seen
