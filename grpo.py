@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 import judge
 import tcsr
-from sft import (Row, adamw, add_lora, add_user, begin, encode_images, hidden_states, join, load_adapter,
+from sft import (Row, adamw, add_lora, add_user, begin, encode_images, finish, hidden_states, join, load_adapter,
                  load_student, micro_batches, mrope_positions, open_run, over_ranks, policy_logits, ranks, reply_logps,
-                 save_adapter, save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
-from synth import fail, image_png, read_dialogues, text_of, user_turns, write_meta
+                 save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
+from synth import fail, image_png, read_dialogues, text_of, user_turns
 from accelerate.utils import gather_object
 from peft.utils.integrations import dequantize_module_weight  # these two after sft, which keeps bitsandbytes quick and quiet
 
@@ -495,7 +495,7 @@ def warnings(line):
     one reply for everything, or one that refuses everything, crosses them."""
     signs = {"replies alike": line["distinct"] < 0.1, "benign refused": line["over_refusal"] > 0.3,
              "replies short": line["length"] < 8, "replies cut off": line["truncated"] > 0.3,
-             "update skipped": line["skipped"] > 0}
+             "update skipped": line["skipped"] > 0, "tutor not read": line["missing"] > 0.3}
     return [sign for sign, seen in signs.items() if seen]
 
 
@@ -529,8 +529,14 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     if dense:
         fold(student, dense)
     mine = slice(*(len(batch) // args.group * r // world * args.group for r in (rank, rank + 1)))  # whole groups
-    talks = rollout(student, batch[mine], keys[mine], timed, args, images, dense, False if args.eager else None)
+    try:
+        talks = rollout(student, batch[mine], keys[mine], timed, args, images, dense, False if args.eager else None)
+    except judge.BackendError as error:  # every process must hear of it: rank 0 saves
+        talks = [error]
     talks = gather_object(talks) if world > 1 else talks  # every process then knows all rollouts
+    for talk in talks:
+        if isinstance(talk, judge.BackendError):
+            raise talk
     if not any(t.turns for t in talks):
         fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
     rolled = time.time()
@@ -539,6 +545,7 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
     adv, diagnostics = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit)
     adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
     stats = update(student, talks, adv, images, args, optimizer)
+    stats["skipped"] += int(np.isnan(rewards).all())  # no reply of the tutor was read
     line = {"step": step, **summary(talks, diagnostics, returns, args.group), **stats,
             "seconds_generate": rolled - begun - sum(in_tutor), "seconds_tutor": sum(in_tutor),
             "seconds_update": time.time() - rolled}
@@ -598,9 +605,7 @@ def main(args):
         book.flush()
         line = write_line(run, line, steps)
         tqdm.write(LINE.format(**line) + " | ! " * bool(line["warnings"]) + ", ".join(line["warnings"]))
-    save_adapter(student, args.out)
-    write_meta(args, run.started, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model), **run.meta)
-    print(f"adapter in {args.out}")
+    finish(run, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Shapes: N rows, L tokens, H hidden, V vocabulary, M trained tokens. A row is one
 """
 
 import argparse
-import atexit
 import itertools
 import json
 import logging
@@ -28,10 +27,10 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but bitsandbytes would load the compiler
@@ -79,8 +78,8 @@ def parse_args(argv=None):
     add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient (ours)")
     add("--lr", type=float, default=1e-4, help="ours, for LoRA; 1e-5 [R] is for full fine-tuning")
     add("--warmup", type=float, default=0.1, help="share of steps with rising rate, cosine to 0 after [R]")
-    add("--lora_r", type=int, default=32, help="rank (ours, untested at 3B)")
-    add("--lora_alpha", type=int, default=64, help="the update is scaled by alpha / r (ours, untested at 3B)")
+    add("--lora_r", type=int, default=32, help="rank (ours)")
+    add("--lora_alpha", type=int, default=64, help="the update is scaled by alpha / r (ours)")
     add("--held_out", type=float, default=0.05, help="share of seeds kept for the held-out loss (ours)")
     add("--eval_every", type=int, default=50, help="steps between two held-out losses (ours)")
     add("--patience", type=int, default=0, help="stop when so many held-out losses in a row brought < 1 %% (0: never)")
@@ -178,18 +177,35 @@ def make_student(model, tok, image_processor):
     return Student(model, tok, image_processor, seams, allowed.to(model.device), end, pad)
 
 
+def lora(r, alpha):
+    """All linears of the language model. Dropout 0: the policy that is scored must be the one that was sampled."""
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+
+
 def add_lora(student, r, alpha):
-    """A new trainable adapter "policy"; B starts at 0, so the model is still the base. Dropout 0: the policy that is
-    scored must be the one that was sampled."""
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-    student.model = get_peft_model(student.model, config, adapter_name="policy")
+    """A new trainable adapter "policy"; B starts at 0, so the model is still the base."""
+    student.model = get_peft_model(student.model, lora(r, alpha), adapter_name="policy")
+
+
+def read_lora(folder):
+    """The configuration of a PEFT folder. Raises ValueError unless it is one of `lora`: peft would load another kind, with
+    other targets, dropout or a magnitude, and the loss, `grpo.fold` and `merge` would be wrong without a word."""
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        of_ours, free = lora(config.r, config.lora_alpha).to_dict(), {"base_model_name_or_path", "inference_mode", "revision"}
+        odd = [k for k, v in config.to_dict().items() if k not in free and v != of_ours.get(k)]
+    except (TypeError, AttributeError) as error:
+        odd = [error]
+    if odd:
+        raise ValueError(f"{folder}: not an adapter of sft.py: {', '.join(map(str, odd))}")
+    config.inference_mode = False
+    return config
 
 
 def load_adapter(student, folder, name):
     """Load a PEFT folder as adapter `name`; only one called "policy" is trainable. Raises ValueError when a weight of
     the file finds no place or a place no weight: peft itself stays quiet."""
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
+    config = read_lora(folder)
     if isinstance(student.model, PeftModel):
         student.model.add_adapter(name, config)
     else:
@@ -221,7 +237,9 @@ def use_adapter(student, name):
 def save_adapter(student, folder):
     """Write "policy" as a plain PEFT folder (peft would make a subfolder of the name); the weights last and whole."""
     student.model.peft_config["policy"].save_pretrained(folder)
-    state, part = get_peft_model_state_dict(student.model, adapter_name="policy"), Path(folder, "adapter_model.part")
+    part = Path(folder, "adapter_model.part")
+    # "auto" would ask the hub at every checkpoint whether the vocabulary has grown
+    state = get_peft_model_state_dict(student.model, adapter_name="policy", save_embedding_layers=False)
     save_file({k: v.contiguous().cpu() for k, v in state.items()}, part)
     part.rename(part.with_suffix(".safetensors"))
 
@@ -231,27 +249,29 @@ def merge(args):
     and precision (bf16 on the hub) stay the base's; only the adapted weights change, each rounded once. NF4 is not
     involved: merging into it would round away most of what was learned."""
     started = time.time()
-    try:
-        base = Path(args.model if Path(args.model).is_dir() else snapshot_download(args.model))
-        config, lora = PeftConfig.from_pretrained(args.adapter), load_file(Path(args.adapter) / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"--model or --adapter: {error}")
     # One name for a linear on both sides: the hub says model.layers.., transformers 5 model.language_model.layers..
     plain = lambda key: re.sub(r"^(base_model\.model\.)?(model\.)?(language_model\.)?", "", key).removesuffix(".weight")
-    a, b = ({plain(k.replace(f".lora_{x}", "")): w.float() for k, w in lora.items() if f".lora_{x}" in k} for x in "AB")
-    files, places = sorted(base.glob("*.safetensors")), {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            places |= {plain(k): [*weights.get_slice(k).get_shape()] for k in weights.keys() if k.endswith(".weight")}
+    try:
+        base = Path(args.model if Path(args.model).is_dir() else snapshot_download(args.model))
+        index, files, places = base / "model.safetensors.index.json", {*base.glob("*.safetensors")}, {}
+        if index.exists():
+            files |= {base / name for name in json.loads(index.read_text())["weight_map"].values()}
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                slices = {plain(k): weights.get_slice(k) for k in weights.keys() if k.endswith(".weight")}
+                places |= {k: [*w.get_shape()] for k, w in slices.items() if w.get_dtype() in ("BF16", "F16", "F32")}
+        config, weights = read_lora(args.adapter), load_file(Path(args.adapter) / "adapter_model.safetensors")
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        fail(f"--model {args.model} or --adapter {args.adapter}: {error}")
+    a, b = ({plain(k.replace(f".lora_{x}", "")): w.float() for k, w in weights.items() if f".lora_{x}" in k} for x in "AB")
     wanted = {k: shape for k, shape in places.items() if re.fullmatch(r"layers\..*_proj", k)}
-    if (not wanted or len(lora) != 2 * len(wanted) or a.keys() != b.keys() or config.use_rslora
-            or {k: [len(b[k]), a[k].shape[1]] for k in a} != wanted):
-        fail(f"{args.adapter}: not an adapter of sft.py for {base}")
+    if len(weights) != 2 * len(wanted) or not wanted or a.keys() != b.keys() or {k: [len(b[k]), a[k].shape[1]] for k in a} != wanted:
+        fail(f"{args.adapter} does not fit the .safetensors of {base}, whose linears must be in bf16, fp16 or fp32")
     refuse_overwrite(args.out)
     for file in base.iterdir():
         if file.is_file() and file.suffix not in (".safetensors", ".bin"):
             shutil.copy(file, args.out)
-    for file in files:
+    for file in sorted(files):
         weights = load_file(file)
         for key in weights:
             if plain(key) in a:
@@ -469,9 +489,12 @@ def micro_batches(rows, budget):
 # ---------------------------------------------------------------- several processes: accelerate launch sft.py ..
 
 def join():
-    """Find the other processes of `accelerate launch`, if any. Rank 0 alone speaks, and see open_run, logs and saves."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and PartialState(cpu=not torch.cuda.is_available()).process_index > 0:
-        sys.stdout = open(os.devnull, "w")
+    """Find the other processes of `accelerate launch`, if any. Rank 0 alone speaks, logs and saves. They may wait for
+    each other longer than the default ten minutes: for a rank whose tutor is slow."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+        if state.process_index > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
 def ranks():
@@ -523,11 +546,9 @@ def open_run(args, started, names, **more):
             break
         print(f"{folder} is torn: passed over", file=sys.stderr)
     begun = {"step_part", *names, *(folder.name for folder in folders)}  # all that a run without checkpoint leaves
-    if ranks()[0]:  # rank 0 alone logs and saves: what the others write is thrown away
-        args.out = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, args.out, True)
-    elif not args.resume or not run.checkpoint and (not out.is_dir() or {path.name for path in out.iterdir()} - begun):
-        refuse_overwrite(out)
+    if not args.resume or not run.checkpoint and (not out.is_dir() or {path.name for path in out.iterdir()} - begun):
+        if ranks()[0] == 0:
+            refuse_overwrite(out)
     if run.checkpoint:
         saved = json.loads((run.checkpoint / "meta.json").read_text(encoding="utf-8"))
         refuse_changes(args, run.meta, saved, {"out", "resume", "allow_changes", "save_every", "concurrency", "timeout"})
@@ -545,8 +566,9 @@ def begin(run, student, optimizer):
         # by way of the CPU: bitsandbytes' paged tensors have a mark that loading onto a GPU would keep, without pages
         optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     for name, size in run.logs.items():
-        run.logs[name] = open(Path(run.args.out, name), "a", encoding="utf-8")
-        run.logs[name].truncate(size)
+        run.logs[name] = open(os.devnull if ranks()[0] else Path(run.args.out, name), "a", encoding="utf-8")
+        if ranks()[0] == 0:
+            run.logs[name].truncate(size)
 
 
 def is_whole(folder):
@@ -562,10 +584,10 @@ def is_whole(folder):
 def save_checkpoint(run):
     """Write OUT/step_NNNNNN/, there in full or not at all: adapter (a PEFT folder), optimiser, meta.json with the hashes of
     both and the lengths of the logs. The last two stay."""
+    out = Path(run.args.out)
+    part, run.checkpoint = out / "step_part", out / f"step_{run.meta['step']:06}"
     if ranks()[0]:
         return
-    out = Path(run.args.out)
-    part, folder = out / "step_part", out / f"step_{run.meta['step']:06}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     save_adapter(run.student, part)
@@ -577,10 +599,9 @@ def save_checkpoint(run):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    run.checkpoint = folder
-    for old in sorted(f for f in out.glob("step_??????") if f.name <= folder.name)[:-2]:  # later ones are torn
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
+    part.rename(run.checkpoint)
+    for old in sorted(f for f in out.glob("step_??????") if f.name <= run.checkpoint.name)[:-2]:  # later ones are torn
         shutil.rmtree(old)
 
 
@@ -594,8 +615,8 @@ def steps_left(run, steps):
         yield step
         run.meta["step"] = step + 1
         if run.bad == 3:
-            fail(f"step {step}: the third in a row with a loss or gradient that is not finite, or a norm above "
-                 f"{EXPLODED:g}; last good checkpoint: {run.checkpoint or 'none yet'}", code=1)
+            fail(f"step {step}: the third in a row without a sound update: loss or gradient not finite, norm above "
+                 f"{EXPLODED:g}, or tutor not read; last good checkpoint: {run.checkpoint or 'none yet'}", code=1)
         if not run.bad and (pressed or (step + 1) % run.args.save_every == 0 or step + 1 == steps):
             save_checkpoint(run)
         if pressed:
@@ -613,6 +634,14 @@ def step_or_skip(optimizer, loss):
         optimizer.step()
     optimizer.zero_grad()
     return norm, int(not good)
+
+
+def finish(run, **more):
+    """The result of a whole run: adapter and meta.json."""
+    if ranks()[0] == 0:
+        save_adapter(run.student, run.args.out)
+        write_meta(run.args, run.started, **run.meta, **more)
+    print(f"adapter in {run.args.out}")
 
 
 def write_line(run, line, steps):
@@ -748,9 +777,7 @@ def main(args):
         line = write_line(run, line, steps)
         held = f" | held-out loss {line['held_out']:.4f}" if "held_out" in line else ""
         tqdm.write(LINE.format(**line) + held + " | ! update skipped" * skipped)
-    save_adapter(student, args.out)
-    write_meta(args, run.started, **run.meta)
-    print(f"adapter in {args.out}")
+    finish(run)
 
 
 if __name__ == "__main__":

@@ -265,6 +265,27 @@ def test_merging_an_adapter_of_another_model_is_bad_input(hub, small, base, tmp_
         assert stopped.value.code == 2 and adapter in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_merging_into_an_unsound_base_is_bad_input(hub, tmp_path, capsys):
+    """Half a download would otherwise be merged, and the scale of FP8 weights be left out."""
+    learned(folder := hub(), tmp_path / "adapter")
+    second = folder / "model-00002-of-00002.safetensors"
+    whole = sft.load_file(second)
+
+    def refused():
+        with pytest.raises(SystemExit) as stopped:
+            merged(folder, tmp_path / "adapter", tmp_path / "out")
+        return stopped.value.code == 2 and str(folder) in capsys.readouterr().err and not (tmp_path / "out").exists()
+    sft.save_file({k: v.to(torch.float8_e4m3fn) if "_proj" in k else v for k, v in whole.items()}, second)
+    assert refused()
+    second.write_bytes(second.read_bytes()[:-9])
+    assert refused()
+    second.unlink()
+    assert refused()
+    for file in folder.glob("model*"):
+        file.unlink()  # .bin files only
+    assert refused()
+
+
 # ---------------------------------------------------------------- decoding
 
 class Tape(TorchDispatchMode):
@@ -581,3 +602,23 @@ def test_a_run_of_two_processes_is_a_run_of_one(base, adapter, world, tmp_path, 
     assert said[0] == said[1] and len(said[0]) == 8
     a, b = (sft.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     close(torch.cat([b[k].flatten() for k in a]), torch.cat([a[k].flatten() for k in a]), 1e-5)
+
+
+@pytest.mark.parametrize("loser", [0, 1])
+def test_whoever_loses_the_tutor_rank_0_saves(base, adapter, world, tmp_path, monkeypatch, loser):
+    def start(rank):
+        def ask(requests):
+            if rank == loser and ask.calls == 4:  # the first turn of the second step
+                raise judge.BackendError("http://tutor/v1: no reply")
+            ask.calls += 1
+            return moody(requests)
+        ask.calls = 0
+        judge.backend = lambda *_: ask
+        with pytest.raises(SystemExit) as stop:
+            grpo.main(grpo.parse_args(
+                f"--model {base} --adapter {adapter} --data {world}/rl.jsonl --tutor toy --out {tmp_path}/out --prompts 2 "
+                "--group 2 --max_turns 3 --max_new 4 --max_tokens 400 --format_bonus 0 --no-nf4".split()))
+        return stop.value.code
+    assert in_processes(start, tmp_path) == [1, 1]
+    assert (tmp_path / "out/step_000001/adapter_model.safetensors").exists()
+    assert len((tmp_path / "out/log.jsonl").read_text().splitlines()) == 1

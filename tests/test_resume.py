@@ -335,6 +335,15 @@ def test_a_dead_tutor_is_one_line_and_a_checkpoint_to_go_on_from(straight, tmp_p
     assert run("grpo", argv, out, "--resume") is None and outcome(out) == expected
 
 
+def test_a_tutor_that_is_never_read_ends_the_run(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "backend", lambda *_: lambda requests: ["I am sorry."] * len(requests))
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(args_of("grpo", straight["grpo"][0], tmp_path / "out"))
+    assert stop.value.code == 1 and "step 2: the third in a row" in capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert all("tutor not read" in line["warnings"] for line in log) and len(log) == 3
+
+
 def test_no_key_reaches_a_log_a_checkpoint_or_an_error(straight, tmp_path, monkeypatch, capsys):
     for name in ("TUTOR_API_KEY", "OPENAI_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "sk-secret")

@@ -111,6 +111,29 @@ def test_an_adapter_that_does_not_fit_raises(base, adapter, tmp_path, change):  
         sft.load_adapter(sft.load_student(base, False), tmp_path, "policy")
 
 
+@pytest.mark.parametrize("change", [{"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["q_proj", "v_proj"]},
+                                    {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"q_proj": 4}}, []])
+def test_an_adapter_of_another_kind_is_named(base, adapter, tmp_path, change, capsys):  # traps 16, 33
+    """peft would load it, and loss, sampling or merging would be wrong."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change if change else change))
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="not an adapter of sft.py: .*" + "".join(change)):
+        sft.load_adapter(sft.load_student(base, False), tmp_path, "policy")
+    with pytest.raises(SystemExit) as stop:
+        sft.merge(sft.parse_args(["merge", "--model", str(base), "--adapter", str(tmp_path), "--out", f"{tmp_path}/out"]))
+    assert stop.value.code == 2 and "not an adapter of sft.py" in capsys.readouterr().err
+
+
+def test_saving_an_adapter_asks_no_hub(student, tmp_path, monkeypatch):
+    config = student.model.peft_config["policy"]
+    monkeypatch.setattr(config, "base_model_name_or_path", "Qwen/Qwen2.5-VL-3B-Instruct")
+    asked = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *args, **kw: asked.append(args))
+    sft.save_adapter(student, tmp_path)
+    assert not asked
+
+
 # ---------------------------------------------------------------- dialogues as tokens
 
 def qwen_template():
