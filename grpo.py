@@ -14,7 +14,7 @@ is missing, not 0; one on-policy update per batch of rollouts by default (theirs
                    --tutor http://localhost:8000/v1 --tutor_model NAME --out out/grpo    # one GPU; the 7B by its name
 
 Writes adapter and checkpoints as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its
-scores and advantages).
+scores and advantages). Defaults called ours are untested at 3B.
 Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.
 """
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
     add("--out", required=True, help="folder for adapter, logs and meta.json")
     add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
-    add("--prompts", type=int, default=8, help="dialogues per step (B); 64 [R] needs several GPUs")
+    add("--prompts", type=int, default=8, help="dialogues per step (B; ours); 64 [R] needs several GPUs")
     add("--group", type=int, default=5, help="rollouts per dialogue (G) [R]")
     add("--epochs", type=float, default=1, help="passes over the data [R]")
     add("--max_turns", type=int, default=10, help="turns per dialogue at most [R]")

@@ -372,6 +372,8 @@ def table(rows):
 
 def main(args):
     rows = TINY if args.size == "tiny" else ROWS
+    if unknown := {*(args.only or rows)} - {*rows}:
+        sys.exit(f"--only: {args.size} has no row {', '.join(sorted(unknown))}")
     names = [n for n in rows if not args.only or n in args.only]
     if args.plan:
         print(f"{args.size}, GiB by arithmetic: bf16, an NF4 base while training, rank {RANK}", "", sep="\n")

@@ -397,8 +397,9 @@ def test_decoding_reads_keys_and_values_as_they_lie(actor, mixed, monkeypatch):
         assert decode and all(q[1] == k[1] == 2 and q[2] == 2 and in_place for q, k, in_place in decode)
 
 
-def test_attention_does_not_plan_for_every_length():
+def test_a_card_neither_plans_attention_for_every_length_nor_computes_adapters_at_a_crawl():
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 # ---------------------------------------------------------------- memory by arithmetic
