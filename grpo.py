@@ -37,7 +37,7 @@ from sft import (Row, adamw, add_lora, add_user, begin, encode_images, finish, h
                  save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
 from synth import fail, image_png, read_dialogues, text_of, user_turns
 from accelerate.utils import gather_object
-from peft.utils.integrations import dequantize_module_weight  # these two after sft, which keeps bitsandbytes quick and quiet
+from peft.utils.integrations import dequantize_module_weight  # both after sft: it keeps bitsandbytes quick and quiet
 
 
 def parse_args(argv=None):
@@ -553,10 +553,10 @@ def train_step(step, batch, student, dense, optimizer, ask, args):
 
 
 def main(args):
-    for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("prompts_per_update", args.prompts_per_update >= 0),
+    for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("max_turns", args.max_turns > 0),
+                     ("prompts_per_update", args.prompts_per_update >= 0), ("max_new", args.max_new > 0),
                      ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1),
                      ("epochs", 0 < args.epochs < math.inf), ("lr", 0 <= args.lr < math.inf),
-                     ("max_turns", args.max_turns > 0), ("max_new", args.max_new > 0),
                      ("save_every", args.save_every > 0)):
         if not ok:
             fail(f"--{flag} {getattr(args, flag)}: out of range")

@@ -56,7 +56,7 @@ from synth import (NO_REPLY, about, fail, file_hash, open_image, printable, read
 # On Hopper torch prefers cuDNN's attention, which plans anew (half a second, others measured) for every new length:
 # each micro-batch, each prompt, each step of --eager. What is left, flash and memory-efficient, plans nothing.
 torch.backends.cuda.enable_cudnn_sdp(False)
-# peft computes adapters in fp32: 3 % of the model's operations, but at full precision a fifteenth of bf16's rate (H100).
+# peft computes adapters in fp32: 3 % of the operations, which full precision does at a fifteenth of bf16's rate (H100).
 torch.backends.cuda.matmul.allow_tf32 = True
 
 # The language model's linears and none of the vision tower, whose MLPs have the same names.
@@ -195,7 +195,8 @@ def read_lora(folder):
     other targets, dropout or a magnitude, and the loss, `grpo.fold` and `merge` would be wrong without a word."""
     try:
         config = PeftConfig.from_pretrained(folder)
-        of_ours, free = lora(config.r, config.lora_alpha).to_dict(), {"base_model_name_or_path", "inference_mode", "revision"}
+        free = {"base_model_name_or_path", "inference_mode", "revision"}
+        of_ours = lora(config.r, config.lora_alpha).to_dict()
         odd = [k for k, v in config.to_dict().items() if k not in free and v != of_ours.get(k)]
     except (TypeError, AttributeError) as error:
         odd = [error]
@@ -263,12 +264,13 @@ def merge(args):
             with safe_open(file, "pt") as weights:
                 slices = {plain(k): weights.get_slice(k) for k in weights.keys() if k.endswith(".weight")}
                 places |= {k: [*w.get_shape()] for k, w in slices.items() if w.get_dtype() in ("BF16", "F16", "F32")}
-        config, weights = read_lora(args.adapter), load_file(Path(args.adapter) / "adapter_model.safetensors")
+        config, adapter = read_lora(args.adapter), load_file(Path(args.adapter) / "adapter_model.safetensors")
     except (OSError, ValueError, LookupError, SafetensorError) as error:
         fail(f"--model {args.model} or --adapter {args.adapter}: {error}")
-    a, b = ({plain(k.replace(f".lora_{x}", "")): w.float() for k, w in weights.items() if f".lora_{x}" in k} for x in "AB")
+    a, b = ({plain(k.replace(f".lora_{x}", "")): w.float() for k, w in adapter.items() if f".lora_{x}" in k} for x in "AB")
     wanted = {k: shape for k, shape in places.items() if re.fullmatch(r"layers\..*_proj", k)}
-    if len(weights) != 2 * len(wanted) or not wanted or a.keys() != b.keys() or {k: [len(b[k]), a[k].shape[1]] for k in a} != wanted:
+    shapes = {k: [len(b[k]), a[k].shape[1]] for k in a} if a.keys() == b.keys() else None
+    if not wanted or shapes != wanted or len(adapter) != 2 * len(wanted):
         fail(f"{args.adapter} does not fit the .safetensors of {base}, whose linears must be in bf16, fp16 or fp32")
     refuse_overwrite(args.out)
     for file in base.iterdir():
