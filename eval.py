@@ -673,6 +673,8 @@ def markdown(shown):
 def fill_report(template, data):
     """report.html with its one block of JSON. "<" is escaped, so that no reply can end the script element."""
     slot = '<script type="application/json" id="data">null</script>'
+    if template.count(slot) != 1:
+        raise ValueError("report.html: exactly one empty data block expected")
     return template.replace(slot, slot.replace("null", json.dumps(data, allow_nan=False).replace("<", "\\u003c")))
 
 

@@ -177,7 +177,7 @@ def dense_copy(student):
             module.bias = getattr(source, "base_layer", source).bias
             shape, like = module.weight.shape, lm.embed_tokens.weight
             module.weight = torch.nn.Parameter(like.new_empty(shape), requires_grad=False)
-        elif name.endswith("norm"):  # transformers writes it out as seven kernels; torch's one gives the same fp32 bits
+        elif name.endswith("norm"):  # transformers' is eight kernels on a GPU, torch's is one; on a CPU the same bits
             norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
             norm.weight = lm.get_submodule(name).weight
             dense.set_submodule(name, norm)
@@ -394,8 +394,8 @@ def policy_loss(logps, old, ref, adv, beta, clip):
 def update(student, talks, adv, images, args, optimizer):
     """One pass over the rollouts of a step: `--prompts_per_update` groups per optimiser step. adv (N, T) per turn.
 
-    Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither
-   . Rollouts of dead groups carry no signal and would only dilute the mean: they are left out.
+    Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither.
+    Rollouts of dead groups carry no signal and would only dilute the mean: they are left out.
     -> dict of averages over tokens; grad_norm is the largest, skipped counts updates that sft.step_or_skip left out."""
     live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
     per = (args.prompts_per_update or args.prompts) * args.group

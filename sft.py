@@ -195,7 +195,7 @@ def read_lora(folder):
     other targets, dropout or a magnitude, and the loss, `grpo.fold` and `merge` would be wrong without a word."""
     try:
         config = PeftConfig.from_pretrained(folder)
-        free = {"base_model_name_or_path", "inference_mode", "revision"}
+        free = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}
         of_ours = lora(config.r, config.lora_alpha).to_dict()
         odd = [k for k, v in config.to_dict().items() if k not in free and v != of_ours.get(k)]
     except (TypeError, AttributeError) as error:

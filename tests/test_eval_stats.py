@@ -253,6 +253,8 @@ def test_fill_report_cannot_be_left_by_a_reply():
     filled = E.fill_report(page, data)
     assert filled.count("</script>") == 1
     assert json.loads(filled.split('id="data">')[1].removesuffix("</script>")) == data
+    with pytest.raises(ValueError):
+        E.fill_report(page + page, data)
 
 
 # -------------------------------------------------------------------------------------------- coverage, by simulation

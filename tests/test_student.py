@@ -125,6 +125,16 @@ def test_an_adapter_of_another_kind_is_named(base, adapter, tmp_path, change, ca
     assert stop.value.code == 2 and "not an adapter of sft.py" in capsys.readouterr().err
 
 
+def test_an_adapter_of_another_place_and_peft_is_still_ours(base, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    other = {"peft_version": "0.20.0", "base_model_name_or_path": "elsewhere", "inference_mode": True, "revision": "main"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | other))
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    student = sft.load_student(base, False)
+    sft.load_adapter(student, tmp_path, "policy")
+    assert sum(p.requires_grad for p in student.model.parameters()) == len(sft.load_file(tmp_path / "adapter_model.safetensors"))
+
+
 def test_saving_an_adapter_asks_no_hub(student, tmp_path, monkeypatch):
     config = student.model.peft_config["policy"]
     monkeypatch.setattr(config, "base_model_name_or_path", "Qwen/Qwen2.5-VL-3B-Instruct")
