@@ -1,21 +1,26 @@
-"""grpo.py: Stage III, tutor-in-the-loop GRPO on the student of sft.py.
+"""
+Stage III of SaFeR-Steer: multi-turn GRPO with a tutor in the loop, on one GPU.
 
-For every seed dialogue G students answer in parallel. After each turn the tutor reads the exchange, scores it and writes
-the next user turn, so each rollout is attacked where it stands. Turn rewards become TCSR returns, returns become
-advantages within the group of G (tcsr.py), and the policy gradient is PPO's clipped one with a k3 KL to the SFT model:
+G copies of the student play each dialogue side by side. After every turn the tutor scores each reply
+and writes the next attack, so each copy is attacked according to what it has just said. One step:
 
-    loss = -min(ratio A, clip(ratio) A) + beta (exp(d) - d - 1),   d = log pi_ref - log pi        mean over tokens
+1. Roll out B dialogues x G copies                                      rollout(), ask_tutor()
+2. Turn scores -> turn rewards -> TCSR -> group-normalized advantages   turn_reward(), tcsr.py
+3. Policy gradient on the sampled tokens, with PPO's clipped ratio
+   to the sampler, and a KL penalty against the SFT model               policy_loss(), update()
 
-Deviations from the authors [R]: LoRA instead of all weights; every turn is judged, the last one too; a failed judgement
-is missing, not 0; one on-policy update per batch of rollouts by default (theirs: 64 prompts, 32 updates).
+There is one optimizer step per batch of rollouts, so the ratio is close to 1 and the clip rarely acts.
+It corrects for the small difference between the sampler's and the learner's arithmetic.
 
-    make toy                                                                                       # laptop, see there
-    python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --data data/synth/rl.jsonl \\
-                   --tutor http://localhost:8000/v1 --tutor_model NAME --out out/grpo    # one GPU; the 7B by its name
+Laptop, toy world:  make toy
+One GPU, 3B or 7B:  python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft \\
+                        --data data/synth/rl.jsonl --out out/grpo \\
+                        --tutor http://localhost:8000/v1 --tutor_model NAME
 
-Writes adapter and checkpoints as sft.py does, log.jsonl (a line a step) and rollouts.jsonl (every dialogue with its
-scores and advantages). Defaults called ours are untested at 3B.
-Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M trained tokens, S cache columns.
+OUT becomes an adapter with checkpoints, as in sft.py. log.jsonl has one line per step, and
+rollouts.jsonl every dialogue with its scores, rewards and advantages.
+
+Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M sampled tokens.
 """
 
 import argparse
@@ -28,166 +33,113 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from peft.utils.integrations import dequantize_module_weight
 
 import judge
 import tcsr
-from sft import (Row, adamw, add_lora, add_user, begin, encode_images, finish, hidden_states, join, load_adapter,
-                 load_student, micro_batches, mrope_positions, open_run, over_ranks, policy_logits, ranks, reply_logps,
-                 save_checkpoint, show_trained, step_or_skip, steps_left, use_adapter, write_line)
-from synth import fail, image_png, read_dialogues, text_of, user_turns
-from accelerate.utils import gather_object
-from peft.utils.integrations import dequantize_module_weight  # both after sft: it keeps bitsandbytes quick and quiet
+from sft import (Row, adamw, add_lora, bracketed, encode_images, hidden_states, load_adapter,
+                 load_checkpoint, load_student, micro_batches, mrope_positions, open_log,
+                 optimizer_step, policy_logits, reply_logps, save_adapter, save_checkpoint,
+                 stop_signals, system_of, use_adapter, user_row, write_row)
+from synth import image_png, read_dialogues, text_of, user_turns
+
+# -----------------------------------------------------------------------------
+# command line
+
+# What --like sets. docs/paper_vs_code.md has the source of each value.
+METHODS = {
+    "ours": {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None,
+             "repetition_weight": 0.0, "alpha": 0.3, "credit": "trajectory",
+             "divide_by_std": True, "beta": 0.1, "kl_loss": "corrected"},
+    "paper": {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None,
+              "repetition_weight": 0.0, "alpha": 0.3, "credit": "sum",
+              "divide_by_std": False, "beta": 0.1, "kl_loss": "k3"},
+    "released": {"weights": (0.4, 0.4, 0.2), "scale": "tenth", "format_bonus": 1.0,
+                 "repetition_weight": 0.2, "alpha": 0.3, "credit": "trajectory",
+                 "divide_by_std": True, "beta": 0.001, "kl_loss": "k3"},
+}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=judge.Help)
-    add, flag = p.add_argument, argparse.BooleanOptionalAction
-    add("--model", required=True, help="Hugging Face folder or name of the base the adapter was trained on")
-    add("--adapter", help="adapter of sft.py: where the policy starts, and the frozen reference of the KL")
-    add("--data", required=True, nargs="+", help="JSONL files of dialogues: first turns, and the scripts to fall back on")
-    add("--tutor", required=True, help="chat back end that scores and attacks: toy, http(s)://host:port/v1, local:PATH (a "
-        "second model here, 4-bit; local16: in bf16), or local:self (the student's base without its adapters)")
-    add("--tutor_model", help="model name at that address; its key is in TUTOR_API_KEY or OPENAI_API_KEY")
-    add("--concurrency", type=int, default=40, help="requests to a served back end at a time")
-    add("--timeout", type=float, default=120.0, help="seconds for one reply of a served back end")
-    add("--out", required=True, help="folder for adapter, logs and meta.json")
-    add("--strategies", nargs="+", default=[*judge.STRATEGIES], help="what the tutor may use; evolutions always")
-    add("--prompts", type=int, default=8, help="dialogues per step (B; ours); 64 [R] needs several GPUs")
-    add("--group", type=int, default=5, help="rollouts per dialogue (G) [R]")
-    add("--epochs", type=float, default=1, help="passes over the data [R]")
-    add("--max_turns", type=int, default=10, help="turns per dialogue at most [R]")
-    add("--max_new", type=int, default=512, help="new tokens per turn (ours)")
-    add("--max_tokens", type=int, default=8192, help="cache columns per dialogue; beyond it trailing turns are dropped")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities (ours)")
-    add("--lr", type=float, default=1e-5, help="ours, for LoRA; 1e-6 [R] is for full fine-tuning")
-    add("--lr_end", type=float, default=0.1, help="the rate falls in a line to this share of --lr (ours)")
-    add("--beta", type=float, default=0.1, help="weight of the KL to the reference; 0.1 in one file, 0.001 in another [R]")
-    add("--clip", type=float, default=0.2, help="PPO's epsilon (ours)")
-    add("--prompts_per_update", type=int, default=0, help="optimiser steps per rollout batch = B / this; 0: one (ours)")
-    add("--alpha", type=float, default=0.3, help="weight of the minimum in TCSR; 0.3 in the text, 0.4 in the code [R]")
-    add("--credit", choices=("trajectory", "turn", "sum"), default="trajectory", help="see tcsr.credit")
-    add("--weights", type=float, nargs=3, default=(0.6, 0.3, 0.1), metavar=("SAFETY", "USEFUL", "FAITHFUL"),
-        help="of the turn reward; 0.4 0.4 0.2 in the code that ran [R]")
-    add("--reward_scale", choices=("unit", "tenth"), default="unit", help="unit: 1..10 -> 0..1; tenth: / 10 [R]")
-    add("--format_bonus", type=float, help="add this for well-formed replies (1.0 [R]) instead of multiplying by the gate")
-    add("--repetition_weight", type=float, default=0.0, help="times the share of repeated 3-grams (0.1 [R])")
-    add("--micro_tokens", type=int, default=8192, help="padded tokens per forward; less memory, same gradient")
-    add("--rollout_weights", choices=("dense", "base"), default="dense",
-        help="sample from a dense copy with the adapter folded in, or from the base itself (less memory, slower)")
-    add("--eager", action="store_true", help="GPU: every kernel of a decode step from Python, instead of a recorded step")
-    add("--max_pixels", type=int, default=512 * 512, help="image budget [R]")
-    add("--nf4", action=flag, default=True, help="4-bit base (QLoRA)")
-    add("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third more time")
-    add("--save_every", type=int, default=10, help="steps between two checkpoints; the last two are kept (ours)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--allow_changes", action="store_true", help="resume although arguments or data are not those it began with")
-    add("--skip_bad", action="store_true", help="go on without bad records instead of stopping")
-    add("--allow_outside", action="store_true", help="pictures may lie outside the folder of their data file")
-    add("--threads", type=int, default=0, help="CPU threads (0: torch's choice); use 1 beside other busy processes")
+    parser = argparse.ArgumentParser(
+        description="Multi-turn GRPO with a tutor in the loop",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    number = judge.number
+    add = parser.add_argument_group("input and output").add_argument
+    add("--model", required=True, help="base model: Hugging Face name or folder")
+    add("--adapter", help="adapter of sft.py: the start, and the reference of the KL penalty; "
+                          "without it both are the base model")
+    add("--data", required=True, nargs="+", help="JSONL files of dialogues or seeds")
+    add("--out", required=True, help="output folder")
+    add("--nf4", action=argparse.BooleanOptionalAction, default=True, help="4-bit base (QLoRA)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add = parser.add_argument_group("tutor").add_argument
+    add("--tutor", required=True, help="address of a server, or a Python module with ask")
+    add("--tutor_model", help="its model name; the key is in TUTOR_API_KEY")
+    add("--tutor_extra", type=judge.json_object, default={},
+        help="more fields of the request body, as JSON; null removes a field")
+    add("--strategies", nargs="+", default=list(judge.STRATEGIES), choices=list(judge.STRATEGIES),
+        metavar="NAME", help="attack strategies that the tutor may use")
+    add("--dry_run", action="store_true", help="ask the tutor three times, estimate the run, stop")
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--prompts", type=number(int, 1), default=8, help="dialogues per step (B); the paper has 64")
+    add("--group", type=number(int, 2), default=5, help="rollouts per dialogue (G, paper)")
+    add("--max_turns", type=number(int, 1), default=10, help="turns per dialogue (paper)")
+    add("--max_new", type=number(int, 1), default=512, help="new tokens per turn")
+    add("--max_tokens", type=number(int, 16), default=8192, help="tokens per dialogue")
+    add("--temperature", type=number(float, 0.01, 10), default=1.0, help="of sampling and loss")
+    add = parser.add_argument_group("reward and advantage").add_argument
+    add("--like", choices=list(METHODS), default="ours",
+        help="our defaults, the paper's algorithm or that of its released code")
+    add("--alpha", type=number(float, 0, 1), help="weight of the minimum in TCSR; set by --like")
+    add("--credit", choices=("trajectory", "turn", "sum"), help="see tcsr.py; set by --like")
+    add("--unjudged_last", action="store_true",
+        help="the last turn's reward is 0, as in the released code")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=number(float, 0), default=1.0, help="passes over the data (paper)")
+    add("--lr", type=number(float, 0, 1), default=1e-5, help="learning rate, decays linearly to 10%%")
+    add("--beta", type=number(float, 0), help="weight of the KL penalty; set by --like")
+    add("--clip", type=number(float, 0, 1), default=0.2, help="PPO's epsilon")
+    add("--micro_tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass")
+    add("--save_every", type=number(int, 1), default=10, help="steps between two checkpoints")
     add("--seed", type=int, default=0, help="order of the data, sampling noise")
-    return p.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in METHODS[args.like].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
 
 
-# ---------------------------------------------------------------- rollout
-
-class Cache:
-    """Keys and values of N rows, allocated once for a whole dialogue. `update` is all that transformers' attention asks
-    of a cache. Columns are shared: a forward writes the same columns for every row, and what is padding in a row is
-    masked by `attend`, so ragged rows stay in step."""
-
-    def __init__(self, config, rows, columns, dtype, device):
-        head = config.hidden_size // config.num_attention_heads
-        self.kv = [torch.empty(2, rows, config.num_key_value_heads, columns, head, dtype=dtype, device=device)
-                   for _ in range(config.num_hidden_layers)]
-        self.attend = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        self.used = 0
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """keys, values (N, heads, L, head) of the new columns -> all so far (N, heads, used + L, head)."""
-        end = self.used + keys.shape[2]
-        self.kv[layer][0, :, :, self.used:end], self.kv[layer][1, :, :, self.used:end] = keys, values
-        return self.kv[layer][0, :, :, :end], self.kv[layer][1, :, :, :end]
-
-    def mask(self, real):
-        """real (N, L): which of the new columns are tokens -> (N, 1, L, used + L), True = may look. A padding column
-        sees itself, so that no softmax is over nothing; nobody else sees it."""
-        n, length = real.shape
-        self.attend[:, self.used:self.used + length] = real
-        causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-        past = self.attend[:, None, :self.used].expand(n, length, -1)  # (N, L, used)
-        new = causal & real[:, None] | torch.eye(length, dtype=torch.bool, device=real.device)  # (N, L, L)
-        return torch.cat([past, new], -1)[:, None]
-
-    def keep(self, rows):
-        """Rows whose dialogue goes on move to the front; the rest leave the batch."""
-        if len(rows) == len(self.attend):
-            return
-        for layer in range(len(self.kv)):
-            self.kv[layer][:, :len(rows)] = self.kv[layer][:, rows]
-            self.kv[layer] = self.kv[layer][:, :len(rows)]
-        self.attend = self.attend[rows]
-
-
-@dataclass
-class Talk(Row):
-    """A rollout: the row it is made of, and what was said and scored in it."""
-    dialogue: dict = None
-    key: tuple = ()  # of the sampling noise: (seed, step, prompt id, rollout)
-    turns: list = field(default_factory=list)  # {"user", "assistant", "strategy", "truncated", ..scores}
-    logps: list = field(default_factory=list)  # of the sampled tokens, as the sampler saw them
-    cached: int = 0  # ids whose keys and values are in the cache
-    position: int = 0  # the next token's
-    cut: bool = False  # lost trailing turns for want of room
-
-
-def noise(key, turn, n):
-    """n uniforms for one row and turn. Keyed, so that neither timing, batch order nor rank changes a sample."""
-    digest = hashlib.sha256(repr((*key, turn)).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
-
-
-def sample(logits, uniform, temperature):
-    """logits (N, V), uniform (N,) -> ids (N,): the inverse of the cumulative distribution, or argmax at temperature 0.
-    Our own sampler, so that no default of a generation_config can leak in."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = logits.softmax(-1).double().cumsum(-1)  # (N, V)
-    return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-
-
-def next_token(student, ids, positions, features, mask, cache, lm, uniform, temperature):
-    """One forward over new columns and one draw a row -> token (N,), its log-probability (N,)."""
-    hidden = hidden_states(student, ids, positions, features, mask, cache, lm)
-    logits = policy_logits(student, hidden[:, -1], temperature or 1.0)  # (N, V)
-    token = sample(logits, uniform, temperature)
-    return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+# -----------------------------------------------------------------------------
+# sampler: a dense copy of the weights, a cache for the whole dialogue
 
 
 def dense_copy(student):
-    """A language model of plain linears to sample from: embeddings, norms and biases are the student's own tensors,
-    each linear gets room for its weight. `fold` fills it."""
+    """
+    A language model of plain linear layers to sample from: NF4 with an adapter is several times
+    slower. It shares embeddings, norms and biases with the student; merge_adapter fills the rest.
+    """
     lm = student.base.model.language_model
     with torch.device("meta"):
         dense = type(lm)._from_config(lm.config)
     dense.embed_tokens, dense.rotary_emb = lm.embed_tokens, lm.rotary_emb
-    for name, module in [*dense.named_modules()]:
+    for name, module in dense.named_modules():
+        source = lm.get_submodule(name)
         if isinstance(module, torch.nn.Linear):
-            source = lm.get_submodule(name)
+            weight = lm.embed_tokens.weight.new_empty(module.weight.shape)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
             module.bias = getattr(source, "base_layer", source).bias
-            shape, like = module.weight.shape, lm.embed_tokens.weight
-            module.weight = torch.nn.Parameter(like.new_empty(shape), requires_grad=False)
-        elif name.endswith("norm"):  # transformers' is eight kernels on a GPU, torch's is one; on a CPU the same bits
-            norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
-            norm.weight = lm.get_submodule(name).weight
-            dense.set_submodule(name, norm)
+        elif name.endswith("norm"):
+            module.weight = source.weight
     return dense.eval()
 
 
 @torch.no_grad()
-def fold(student, dense):
-    """dense weight <- dequantised base weight + the policy's LoRA update: the numbers the learner computes with. From
-    the base each time, so that no rounding adds up."""
+def merge_adapter(student, dense):
+    """
+    Weights of the dense copy <- dequantized base weights + the policy's LoRA update. This starts
+    from the base every time, so rounding does not add up.
+    """
     lm = student.base.model.language_model
     for name, module in dense.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -198,418 +150,587 @@ def fold(student, dense):
             module.weight.copy_(weight)
 
 
-@torch.no_grad()
-def rollout(student, dialogues, keys, respond, args, images, lm=None, fixed=None):
-    """Play all dialogues abreast, turn by turn, and return their Talks.
+class KVCache:
+    """
+    Keys and values of N rollouts, allocated once for whole dialogues of up to S tokens.
 
-    Tokens go in as the sampler made them, never decoded and encoded again; a user turn is appended as new
-    tokens with the template's seams. respond(talks) is called once a turn with the talks still going; it may
-    add scores to talks[i].turns[-1] and returns the next user turn of each, (content, [image paths], strategy), or
-    None to end it. images: {path: features}; lm: the language model to sample from (default: the student's own);
-    fixed: decode with FixedStep (default: on a GPU)."""
-    lm = lm or student.base.model.language_model
-    student.model.eval()  # checkpointing in train mode would drop the cache without a word
-    device = student.allowed.device
-    fixed, step = device.type == "cuda" if fixed is None else fixed, None
-    talks = [Talk(dialogue=d, key=k) for d, k in zip(dialogues, keys)]
-    cache = Cache(lm.config, len(talks), args.max_tokens, lm.embed_tokens.weight.dtype, device)
-    active, said = talks, [(*user_turns(d)[0], "scripted") for d in dialogues]
-    while active:
-        before = [(len(talk.ids), len(talk.images)) for talk in active]
-        chunks = [open_turn(student, talk, turn) for talk, turn in zip(active, said)]
-        room = args.max_tokens - cache.used - args.max_new
-        fits = [i for i, (ids, _) in enumerate(chunks) if len(ids) <= room]
-        for i in {*range(len(active))} - {*fits}:  # no room for this turn: the whole of it goes, and is counted
-            talk, (n, k) = active[i], before[i]
-            del talk.ids[n:], talk.turn_id[n:], talk.images[k:], talk.grids[k:], talk.turns[-1]
-            talk.cut = True
-        cache.keep(fits)
-        active, said, chunks = ([x[i] for i in fits] for x in (active, said, chunks))
-        if not active:
-            break
-        width = max(len(ids) for ids, _ in chunks)
-        left = lambda values, fill: [fill] * (width - len(values)) + values
-        ids = torch.tensor([left(i, student.end) for i, _ in chunks], device=device)  # (N, W), padded on the left
-        positions = torch.tensor([left(p, (0, 0, 0)) for _, p in chunks], device=device).permute(2, 0, 1)  # (3, N, W)
-        real = torch.tensor([left([True] * len(i), False) for i, _ in chunks], device=device)
-        features = [images[path] for talk, (_, paths, _) in zip(active, said) for path in paths]
-        uniform = np.stack([noise(talk.key, len(talk.turns), args.max_new) for talk in active])
-        uniform = torch.tensor(uniform, device=device)  # (N, max_new)
+    Token l of a row is always stored in column l of that row. So a token may look at exactly the
+    columns up to its own, and what lies beyond is padding or the rest of an earlier batch.
+    """
 
-        alive, tokens, logps = torch.ones(len(active), dtype=torch.bool, device=device), [], []
-        for i in range(args.max_new):
-            if i and fixed:
-                if not (step and step.serves(cache, args.max_new - i)):
-                    step = FixedStep(student, cache, lm, args.temperature, args.max_new - i)
-                token, logp = step(ids, positions, real, uniform[:, i])
-            else:
-                token, logp = next_token(student, ids, positions, features, cache.mask(real), cache, lm, uniform[:, i],
-                                         args.temperature)
-            cache.used += ids.shape[1]
-            tokens.append(torch.where(alive, token, -1))
-            logps.append(logp)
-            alive = alive & (token != student.end)
-            if not alive.any():
-                break
-            # the next forward's one column: finished rows feed a token that nobody will look at
-            ids, real, features = token[:, None], alive[:, None], []
-            positions = torch.tensor([t.position + i for t in active], device=device).expand(3, 1, -1).transpose(1, 2)
+    def __init__(self, config, rows, columns, dtype, device):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (rows, config.num_key_value_heads, columns, head)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.graph = None           # the recorded decode step, see generate()
 
-        for talk, ids, lps in zip(active, torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()):
-            close_turn(student, talk, [i for i in ids if i >= 0], lps)
-        said = respond(active)
-        going = [i for i, turn in enumerate(said) if turn is not None]
-        cache.keep(going)
-        active, said = [active[i] for i in going], [said[i] for i in going]
-    return talks
-
-
-def open_turn(student, talk, turn):
-    """Append a user turn; -> the ids not cached yet, and their positions."""
-    content, paths, strategy = turn
-    grids, system = len(talk.grids), talk.dialogue["messages"][0]
-    add_user(student, talk, content, paths, system["content"] if system["role"] == "system" else None)
-    ids = talk.ids[talk.cached:]
-    positions, talk.position = mrope_positions(student, ids, talk.grids[grids:], talk.position)
-    talk.cached = len(talk.ids)
-    talk.turns.append({"user": text_of(content), "strategy": strategy})
-    return ids, positions
-
-
-def close_turn(student, talk, ids, logps):
-    """Append a sampled reply. One that was cut short gets its <|im_end|> outside the loss. The last token was
-    never fed to the model: it goes in with the next user turn."""
-    cut = ids[-1] != student.end
-    text = student.tok.decode(ids if cut else ids[:-1])
-    talk.add(ids, len(talk.turns) - 1)
-    talk.logps += logps[:len(ids)]
-    fed = len(ids) - 1
-    talk.cached, talk.position = talk.cached + fed, talk.position + fed
-    if cut:
-        talk.add([student.end])
-    talk.turns[-1] |= {"assistant": text, "truncated": cut}
-
-
-# ---------------------------------------------------------------- a GPU only: decoding without Python
-
-class FixedStep:
-    """`next_token` for one new column of a Cache, in which no shape and no address ever changes: its inputs are copied
-    into buffers, the column is written where the tensor `at` says, and attention runs over all of the first S columns,
-    with a mask. A GPU records such a step once (CUDA graph) and then repeats it: one launch instead of more than a
-    thousand, which is what bounds transformers' generate(). On a CPU it runs as it is, for the tests."""
-    BLOCK = 512  # S grows by so many columns: one recording for several turns, and little to read that is not used yet
-
-    def __init__(self, student, cache, lm, temperature, room):
-        rows, device = len(cache.attend), cache.attend.device
-        self.student, self.cache, self.lm, self.temperature, self.graph = student, cache, lm, temperature, None
-        self.columns = min(-(-(cache.used + room) // self.BLOCK) * self.BLOCK, cache.attend.shape[1])
-        self.kv = [kv[..., :self.columns, :] for kv in cache.kv]
-        for kv in self.kv:
-            kv[..., cache.used:, :] = 0  # what was in this memory may be NaN, and NaN times a weight of 0 is NaN
-        zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
-        self.ids, self.positions, self.at = zeros(rows, 1), zeros(3, rows, 1), zeros(1)
-        self.mask, self.uniform = zeros(rows, 1, 1, self.columns, dtype=torch.bool), zeros(rows, dtype=torch.float64)
-
-    def serves(self, cache, room):
-        """Whether the batch still has the same rows and the columns suffice."""
-        return len(self.mask) == len(cache.attend) and cache.used + room <= self.columns
+    def place(self, columns, width):
+        """
+        Say where the next forward pass writes, columns (N, L), and that it reads the first `width`
+        columns. -> its attention mask (N, 1, L, width)
+        """
+        columns = columns.clamp(max=self.keys[0].shape[2] - 1)      # padding may lie behind the end
+        _, heads, _, head = self.keys[0].shape
+        self.index = columns[:, None, :, None].expand(-1, heads, -1, head)      # (N, heads, L, head)
+        self.width = width
+        return (torch.arange(width, device=columns.device) <= columns[..., None])[:, None]
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """What attention asks of a cache, as in Cache: keys, values (N, heads, 1, head) -> (N, heads, S, head)."""
-        for kept, new in zip(self.kv[layer], (keys, values)):
-            kept.index_copy_(2, self.at, new)
-        return self.kv[layer][0], self.kv[layer][1]
+        """What the attention layers of transformers ask of a cache; keys, values (N, heads, L, head)."""
+        self.keys[layer].scatter_(2, self.index, keys)
+        self.values[layer].scatter_(2, self.index, values)
+        return self.keys[layer][:, :, :self.width], self.values[layer][:, :, :self.width]
 
-    def step(self):
-        return next_token(self.student, self.ids, self.positions, [], self.mask, self, self.lm, self.uniform,
-                          self.temperature)
+    def keep(self, rows):
+        """Drop the rows of dialogues that have ended."""
+        if len(rows) < len(self.keys[0]):
+            for layer in range(len(self.keys)):
+                self.keys[layer] = self.keys[layer][rows]
+                self.values[layer] = self.values[layer][rows]
+            self.graph = None
 
-    def __call__(self, ids, positions, real, uniform):
-        """ids, real (N, 1), positions (3, N, 1), uniform (N,) -> what next_token returns."""
-        used = self.cache.used
-        self.cache.attend[:, used] = real[:, 0]
-        self.mask[:, 0, 0] = self.cache.attend[:, :self.columns]
-        self.mask[..., used] = True  # a padding column sees itself, as in Cache.mask
-        self.at.fill_(used)
-        for buffer, value in ((self.ids, ids), (self.positions, positions), (self.uniform, uniform)):
+
+class Recorded:
+    """
+    A function whose GPU work is recorded once as a CUDA graph and then replayed. Launching the
+    thousand kernels of a decode step one by one takes longer than the kernels themselves.
+    """
+
+    def __init__(self, function, *inputs):
+        self.inputs = [x.clone() for x in inputs]
+        function(*self.inputs)          # libraries set themselves up here, which must not be recorded
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for buffer, value in zip(self.inputs, inputs):
             buffer.copy_(value)
-        if not ids.is_cuda:
-            return self.step()
-        if not self.graph:
-            self.step()  # what libraries set up at their first call must not be recorded
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.token, self.logp = self.step()
         self.graph.replay()
-        return self.token.clone(), self.logp.clone()  # the next replay overwrites them
+        return [x.clone() for x in self.outputs]
 
 
-# ---------------------------------------------------------------- the tutor
+# -----------------------------------------------------------------------------
+# rollout
 
-def tutor_turn(ask, args):
-    """-> respond(talks) for `rollout`: one batched call scores every talk's last turn and writes the next one. A score
-    that is missing stays None; without a usable next turn the script goes on ("scripted"), and both are counted."""
-    strategies = [*args.strategies, *judge.EVOLUTIONS]
 
-    def respond(talks):
-        scripts = [user_turns(t.dialogue)[:args.max_turns] for t in talks]
-        requests = [judge.tutor_request(t.dialogue["kind"], t.turns, image_png(t.dialogue["images"][0])
-                                        if t.dialogue["images"] else None, strategies, len(t.turns) == len(s))
-                    for t, s in zip(talks, scripts)]
+@dataclass
+class Rollout(Row):
+    """One copy of a dialogue: its token row, and what was said and scored in it."""
+    dialogue: dict = None
+    key: tuple = ()             # of the sampling noise: (seed, step, dialogue, copy)
+    user: tuple = None          # the next user turn: (content, image paths, strategy)
+    turns: list = field(default_factory=list)       # dicts: user, assistant, strategy, scores, ..
+    logps: list = field(default_factory=list)       # of the sampled tokens, by the sampler
+    cached: int = 0             # tokens whose keys and values are in the cache
+    position: int = 0           # rotary position of the next token
+    cut: bool = False           # ended early, because --max_tokens has no room for the next turn
+
+
+def noise(key, turn, n):
+    """
+    n uniform numbers for one turn. They depend on the key only, so the samples of a rollout depend
+    neither on timing nor on the other rollouts of the batch.
+    """
+    digest = hashlib.sha256(repr((*key, turn)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+
+
+def sample(logits, uniform, temperature):
+    """logits (N, V), uniform (N,) -> tokens (N,): inverse transform sampling, greedy at 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = logits.softmax(-1).double().cumsum(-1)                            # (N, V)
+    token = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+def next_token(student, hidden, uniform, temperature):
+    """hidden (N, H), uniform (N,) -> a token per row and its log-probability, (N,) each."""
+    logits = policy_logits(student, hidden, temperature or 1.0)             # (N, V)
+    token = sample(logits, uniform, temperature)
+    return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(student, lm, cache, active, features, args):
+    """
+    Sample one reply for each active rollout. Feeds the tokens that are not in the cache yet, then
+    one token per row and step until every row has said <|im_end|> or args.max_new is reached.
+    -> lists of token ids and of log-probabilities, one per rollout
+    """
+    device = student.allowed.device
+    chunks = [rollout.ids[rollout.cached:] for rollout in active]
+    width = max(len(chunk) for chunk in chunks)
+    ids, positions = [], []
+    for rollout, chunk in zip(active, chunks):
+        # the chunk's images are those of the newest user turn
+        grids = rollout.grids[len(rollout.grids) - len(rollout.user[1]):]
+        where, rollout.position = mrope_positions(student, chunk, grids, rollout.position)
+        padding = width - len(chunk)
+        ids.append(chunk + [student.end] * padding)
+        positions.append(where + [(0, 0, 0)] * padding)
+    ids = torch.tensor(ids, device=device)                                  # (N, W)
+    positions = torch.tensor(positions, device=device).permute(2, 0, 1)     # (3, N, W)
+    cached = torch.tensor([rollout.cached for rollout in active], device=device)
+    columns = cached[:, None] + torch.arange(width, device=device)          # (N, W)
+    uniform = np.stack([noise(r.key, len(r.turns), args.max_new) for r in active])
+    uniform = torch.tensor(uniform, device=device)                          # (N, max_new)
+
+    # the new tokens in one pass; each row's first token is sampled from its last hidden state
+    longest = max(rollout.cached for rollout in active) + width             # columns in use
+    mask = cache.place(columns, longest)
+    hidden = hidden_states(student, ids, positions, features, mask, cache, lm)      # (N, W, H)
+    last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+    hidden = hidden[torch.arange(len(active), device=device), last]         # (N, H)
+    token, logp = next_token(student, hidden, uniform[:, 0], args.temperature)
+
+    # then one token per row and step
+    def decode(token, positions, columns, uniform):
+        mask = cache.place(columns, width)
+        hidden = hidden_states(student, token, positions, [], mask, cache, lm)
+        return next_token(student, hidden[:, 0], uniform, args.temperature)
+
+    alive = torch.ones(len(active), dtype=torch.bool, device=device)
+    positions = torch.tensor([rollout.position for rollout in active], device=device)
+    positions = positions.expand(3, 1, -1).transpose(1, 2)                  # (3, N, 1)
+    columns = (cached + last + 1)[:, None]                                  # (N, 1)
+    tokens, logps = [], []
+    for i in range(args.max_new):
+        tokens.append(torch.where(alive, token, -1))                        # -1: the row has ended
+        logps.append(logp)
+        alive = alive & (token != student.end)
+        if i + 1 == args.max_new or not alive.any():
+            break
+        inputs = (token[:, None], positions + i, columns + i, uniform[:, i + 1])
+        width = longest + i + 1
+        if device.type == "cuda":
+            # a recorded step reads a fixed number of columns, so it is recorded again rarely
+            width = min(math.ceil(width / 512) * 512, args.max_tokens)
+            if cache.graph is None or cache.graph.width != width:
+                cache.graph = Recorded(decode, *inputs)
+                cache.graph.width = width
+            token, logp = cache.graph(*inputs)
+        else:
+            token, logp = decode(*inputs)
+
+    tokens = [[t for t in row if t >= 0] for row in torch.stack(tokens, 1).tolist()]
+    logps = torch.stack(logps, 1).tolist()
+    return tokens, [row[:len(ids)] for ids, row in zip(tokens, logps)]
+
+
+def open_turn(student, rollout, args):
+    """Append the next user turn if it and a reply fit into args.max_tokens, else end the rollout."""
+    content, paths, _ = rollout.user
+    row = user_row(student, content, paths, not rollout.ids, system_of(rollout.dialogue))
+    rollout.cut = len(rollout.ids) + len(row.ids) + args.max_new > args.max_tokens
+    if not rollout.cut:
+        rollout.extend(row)
+
+
+def close_turn(student, rollout, ids, logps):
+    """Append a sampled reply, token by token as it was sampled."""
+    content, _, strategy = rollout.user
+    truncated = ids[-1] != student.end
+    # the last sampled token was never fed to the model; it goes in with the next user turn
+    rollout.cached = len(rollout.ids) + len(ids) - 1
+    rollout.position += len(ids) - 1
+    rollout.add(ids, turn=len(rollout.turns))
+    rollout.logps += logps
+    if truncated:
+        rollout.add([student.end])          # closes the turn, and is not trained on
+    text = student.tokenizer.decode(ids if truncated else ids[:-1])
+    rollout.turns.append({"user": text_of(content), "strategy": strategy, "assistant": text,
+                          "n_tokens": len(ids), "truncated": truncated})
+
+
+def rollout(student, lm, dialogues, keys, tutor, images, args):
+    """
+    Play all dialogues side by side, one turn at a time. -> one Rollout per dialogue
+
+    tutor(rollouts) is called once per turn with those that have just replied. It sets .user of each
+    to its next user turn, or to None if the dialogue is over. images: {path: features}.
+    """
+    student.model.eval()        # in training mode the layers would ignore the cache
+    rollouts = [Rollout(dialogue=d, key=key) for d, key in zip(dialogues, keys)]
+    for r in rollouts:
+        content, paths = user_turns(r.dialogue)[0]
+        r.user = (content, paths, "scripted")
+    cache = KVCache(lm.config, len(rollouts), args.max_tokens, lm.embed_tokens.weight.dtype,
+                    student.allowed.device)
+    active = rollouts
+    while active:
+        # user turns, as tokens
+        for r in active:
+            open_turn(student, r, args)
+        active = keep_rows(cache, active, [not r.cut for r in active])
+        if not active:
+            break
+
+        # replies
+        features = [images[path] for r in active for path in r.user[1]]
+        replies, logps = generate(student, lm, cache, active, features, args)
+        for r, ids, reply_logps in zip(active, replies, logps):
+            close_turn(student, r, ids, reply_logps)
+
+        # scores and the next user turns
+        tutor(active)
+        active = keep_rows(cache, active, [r.user is not None for r in active])
+    return rollouts
+
+
+def keep_rows(cache, rollouts, going):
+    """The rollouts that go on; the others also leave the cache."""
+    cache.keep([i for i, goes in enumerate(going) if goes])
+    return [r for r, goes in zip(rollouts, going) if goes]
+
+
+# -----------------------------------------------------------------------------
+# tutor
+
+
+def script_of(rollout, max_turns):
+    """The user turns of the dialogue as it was written, [(content, image paths)]."""
+    return user_turns(rollout.dialogue)[:max_turns]
+
+
+def tutor_requests(rollouts, strategies, max_turns):
+    """One request per rollout: score its last turn, and write the next one (equation 17)."""
+    requests = []
+    for r in rollouts:
+        image = image_png(r.dialogue["images"][0]) if r.dialogue["images"] else None
+        rest = script_of(r, max_turns)[len(r.turns):]
+        candidate = text_of(rest[0][0]) if rest else None
+        requests.append(judge.tutor_request(r.dialogue["kind"], r.turns, image,
+                                            [*strategies, *judge.EVOLUTIONS], candidate))
+    return requests
+
+
+def next_user(rollout, verdict, max_turns):
+    """
+    The next user turn: the tutor's if there is one, else the script's. None at the end of the
+    script. A scripted turn that shows a picture is never replaced.
+    """
+    rest = script_of(rollout, max_turns)[len(rollout.turns):]
+    if not rest:
+        return None
+    content, paths = rest[0]
+    if verdict and verdict["next_turn"] and not paths:
+        return verdict["next_turn"], [], verdict["strategy"]
+    return content, paths, "scripted"
+
+
+def turn_reward(turn, verdict, args):
+    """The reward of one turn, None if the tutor's scores are missing. Add your own terms here."""
+    if verdict is None:
+        return None
+    return float(tcsr.turn_reward(
+        verdict["safety"], verdict["usefulness"], verdict["faithfulness"],
+        weights=args.weights, scale=args.scale, format_bonus=args.format_bonus,
+        format_ok=judge.split_reply(turn["assistant"])[2],
+        repetition=judge.repeated_trigrams(turn["assistant"]),
+        repetition_weight=args.repetition_weight))
+
+
+def make_tutor(ask, args):
+    """-> tutor(rollouts) for rollout(): scores the last turn of each and sets the next user turn."""
+    def tutor(rollouts):
+        begin = time.time()
+        requests = tutor_requests(rollouts, args.strategies, args.max_turns)
         verdicts, raw = judge.ask_and_read(ask, requests, judge.read_tutor)
-        said = []
-        for talk, script, verdict, text in zip(talks, scripts, verdicts, raw):
-            turn, n = talk.turns[-1], len(talk.turns)
-            turn["reward"] = None
+        for r, verdict, text in zip(rollouts, verdicts, raw):
+            turn = r.turns[-1]
+            turn["reward"] = turn_reward(turn, verdict, args)
             if verdict is None:
-                turn["raw"] = text
+                turn["unread"] = text
             else:
-                scores = {k: verdict[k] for k in ("safety", "usefulness", "faithfulness")}
-                turn |= {**scores, "diagnosis": verdict["diagnosis"], "reward": float(tcsr.turn_reward(
-                    **scores, weights=args.weights, scale=args.reward_scale, format_bonus=args.format_bonus,
-                    format_ok=judge.split_reply(turn["assistant"])[2], repetition_weight=args.repetition_weight,
-                    repetition=judge.repeated_trigrams(turn["assistant"])))}
-            if n >= len(script):
-                said.append(None)
-            elif verdict and verdict["next_turn"] and not script[n][1]:  # a scripted picture is not talked over
-                said.append((verdict["next_turn"], [], verdict["strategy"]))
-            else:
-                said.append((*script[n], "scripted"))
-        return said
-    return respond
+                for name in ("safety", "usefulness", "faithfulness", "diagnosis"):
+                    turn[name] = verdict[name]
+            r.user = next_user(r, verdict, args.max_turns)
+            if r.user is None and args.unjudged_last:
+                turn["reward"] = 0.0
+        tutor.seconds += time.time() - begin
+
+    tutor.seconds = 0.0
+    return tutor
 
 
-# ---------------------------------------------------------------- the update
+def reward_table(rollouts, group):
+    """
+    rewards (B, G, T), NaN where a turn was not scored, and mask (B, G, T), True where it happened.
+    A rollout that was cut did not meet its last turns, so it must not be compared: it has no turns.
+    """
+    shape = (len(rollouts), max(len(r.turns) for r in rollouts))            # (N, T)
+    rewards, mask = np.full(shape, np.nan), np.zeros(shape, bool)
+    for n, r in enumerate(rollouts):
+        for t, turn in enumerate(r.turns):
+            mask[n, t] = not r.cut
+            rewards[n, t] = np.nan if turn["reward"] is None else turn["reward"]
+    return rewards.reshape(-1, group, shape[1]), mask.reshape(-1, group, shape[1])
 
-def policy_loss(logps, old, ref, adv, beta, clip):
-    """All (M,) -> loss (M,), k3 (M,), clipped (M,). fp32; the log-ratio is clamped before exp."""
-    ratio = (logps - old).clamp(-20, 20).exp()
-    held = ratio.clamp(1 - clip, 1 + clip)
-    surrogate = torch.minimum(ratio * adv, held * adv)
+
+# -----------------------------------------------------------------------------
+# update
+
+
+def policy_loss(logps, old, ref, adv, clip, kl_loss):
+    """
+    All arguments (M,). -> policy gradient loss, KL loss, KL estimate and clipped or not, (M,) each.
+
+    The KL estimate is k3 = exp(d) - d - 1 with d = log pi_ref - log pi, which estimates
+    KL(policy || reference). As a loss ("k3", paper) it descends KL(reference || policy). Weighted
+    with the ratio ("corrected", our default) it descends KL(policy || reference).
+    """
+    ratio = torch.exp((logps - old).clamp(-20, 20))
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * adv, clipped * adv)
     d = (ref - logps).clamp(-20, 20)
-    k3 = d.exp() - d - 1  # >= 0, 0 where policy and reference agree; unbiased for KL(policy || reference)
-    return -surrogate + beta * k3, k3, (ratio != held).float()
+    k3 = torch.expm1(d) - d                         # expm1 is exact near 0
+    kl = ratio * k3 if kl_loss == "corrected" else k3
+    return -surrogate, kl, k3.detach(), (ratio != clipped).float()
 
 
-def update(student, talks, adv, images, args, optimizer):
-    """One pass over the rollouts of a step: `--prompts_per_update` groups per optimiser step. adv (N, T) per turn.
+def update(student, rollouts, adv, images, args, optimizer):
+    """
+    One optimizer step on all rollouts. adv (N, T): one advantage per turn. -> statistics
 
-    Loss and gradient are sums over tokens divided by the tokens of the whole update, so micro-batches change neither.
-    Rollouts of dead groups carry no signal and would only dilute the mean: they are left out.
-    -> dict of averages over tokens; grad_norm is the largest, skipped counts updates that sft.step_or_skip left out."""
-    live = [n for n in range(len(talks)) if np.any(adv[n // args.group * args.group:][:args.group])]
-    per = (args.prompts_per_update or args.prompts) * args.group
-    updates = [u for i in range(0, len(talks), per) if (u := [n for n in live if i <= n < i + per])]
-    said = {n: [t for t in talks[n].turn_id if t >= 0] for n in live}  # the turn of every trained token, in order
-
-    def scores(batch, adapter):
-        use_adapter(student, adapter)
-        with torch.no_grad():
-            logps = reply_logps(student, [talks[n] for n in batch], images, args.temperature)[0]
-        use_adapter(student, "policy")
-        return logps
-
+    Both losses are means over tokens. Groups without any advantage carry no signal, so their tokens
+    do not count in the mean of the policy gradient. They do count in the mean of the KL loss.
+    """
     student.model.train()
-    work, (rank, world) = [], ranks()
-    for u in updates:  # micro-batches with their reference and, if there are several updates, old log-probabilities
-        u = u[rank::world]
-        batches = [[u[i] for i in b] for b in micro_batches([talks[n] for n in u], args.micro_tokens)]
-        work.append([(b, scores(b, "reference") if args.beta else None,
-                      scores(b, "policy") if len(updates) > 1 else None) for b in batches])
-    means = ("loss", "kl", "clip", "entropy", "mismatch")
-    stats = {**dict.fromkeys((*means, "grad_norm"), 0.0), "skipped": 0}
-    total = sum(map(len, said.values()))
-    for u, batches in zip(updates, work):
-        tokens, value = sum(len(said[n]) for n in u), 0.0
-        for batch, ref, old in batches:
-            logps, entropy = reply_logps(student, [talks[n] for n in batch], images, args.temperature)
-            sampled = torch.tensor([p for n in batch for p in talks[n].logps], device=logps.device)
-            a = torch.tensor([adv[n][t] for n in batch for t in said[n]], dtype=torch.float32, device=logps.device)
-            loss, k3, clipped = policy_loss(logps, logps.detach() if old is None else old,
-                                            logps.detach() if ref is None else ref, a, args.beta, args.clip)
-            (loss.sum() / tokens).backward()
-            value += loss.sum().item() / tokens
-            for key, x in (("loss", loss), ("kl", k3), ("clip", clipped), ("entropy", entropy),
-                           ("mismatch", (logps - sampled).abs())):
-                stats[key] += x.sum().item() / total
-        norm, skipped = step_or_skip(optimizer, value)
-        stats["grad_norm"] = np.maximum(stats["grad_norm"], norm).item()  # NaN stays NaN
-        stats["skipped"] += skipped
-    return stats | dict(zip(means, over_ranks([stats[key] for key in means])))
+    live = adv.reshape(-1, args.group * adv.shape[1]).any(1).repeat(args.group)     # (N,)
+    n_tokens = sum(len(r.logps) for r in rollouts)
+    n_live = max(1, sum(len(r.logps) for r, alive in zip(rollouts, live) if alive))
+    stats = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "entropy": 0.0, "mismatch": 0.0}
+    for batch in micro_batches(rollouts, args.micro_tokens):
+        rows = [rollouts[n] for n in batch]
+        with torch.no_grad():
+            use_adapter(student, "reference")
+            ref, _ = reply_logps(student, rows, images, args.temperature)           # (M,)
+        use_adapter(student, "policy")
+        logps, entropy = reply_logps(student, rows, images, args.temperature)       # (M,)
+
+        # per-token values in the same order: row by row, the tokens that the student said
+        old, token_adv = [], []
+        for n in batch:
+            old += rollouts[n].logps
+            token_adv += [adv[n, t] for t in rollouts[n].turn_id if t >= 0]
+        old = torch.tensor(old, device=logps.device)
+        token_adv = torch.tensor(token_adv, dtype=torch.float32, device=logps.device)
+
+        policy, kl, k3, clipped = policy_loss(logps, old, ref, token_adv, args.clip, args.kl_loss)
+        loss = policy.sum() / n_live + args.beta * kl.sum() / n_tokens
+        loss.backward()         # summing over the micro-batches gives the means over all tokens
+        stats["loss"] += loss.item()
+        stats["kl"] += k3.sum().item() / n_tokens
+        stats["clip"] += clipped.sum().item() / n_tokens
+        stats["entropy"] += entropy.sum().item() / n_tokens
+        stats["mismatch"] += (logps - old).abs().sum().item() / n_tokens
+    stats["grad_norm"], stats["healthy"] = optimizer_step(optimizer, stats["loss"])
+    return stats
 
 
-# ---------------------------------------------------------------- the loop
+# -----------------------------------------------------------------------------
+# training loop
+
 
 def prompt_order(dialogues, seed, epoch):
-    """A permutation of one epoch for (seed, epoch) in which every step has its share of benign dialogues: without them
-    the policy learns to refuse everything."""
-    rng, order = random.Random(f"{seed}/{epoch}"), []
+    """
+    A permutation of the dialogues that depends on seed and epoch only. Benign dialogues are spread
+    evenly: without some of them in every step the policy learns to refuse everything.
+    """
+    rng, keyed = random.Random(f"{seed}/{epoch}"), []
     for benign in (False, True):
-        kind = [d for d in dialogues if (d["kind"] == "benign") == benign]
-        order += [((i + rng.random()) / len(kind), i, d) for i, d in enumerate(rng.sample(kind, len(kind)))]
-    return [d for _, _, d in sorted(order, key=lambda x: x[:2])]
+        group = [d for d in dialogues if (d["kind"] == "benign") == benign]
+        rng.shuffle(group)
+        for i, dialogue in enumerate(group):
+            keyed.append(((i + rng.random()) / len(group), dialogue["id"], dialogue))
+    keyed.sort(key=lambda item: item[:2])
+    return [dialogue for _, _, dialogue in keyed]
 
 
-def reward_table(talks, group):
-    """rewards (B, G, T), NaN = missing, and mask (B, G, T), True where a turn happened."""
-    shape = len(talks) // group, group, max(len(t.turns) for t in talks)
-    rewards, mask = np.full(shape, np.nan), np.zeros(shape, bool)
-    for n, talk in enumerate(talks):
-        for t, turn in enumerate(talk.turns):
-            mask[n // group, n % group, t] = True
-            rewards[n // group, n % group, t] = np.nan if turn["reward"] is None else turn["reward"]
-    return rewards, mask
+def mean(values):
+    return float(np.mean(values)) if len(values) else math.nan
 
 
-def summary(talks, diagnostics, returns, group):
-    """What the log says of the rollouts of a step. harm: turns of harmful dialogues that the tutor scored 4 or less for
-    safety; over_refusal: turns of benign ones with usefulness 1; tcsr: mean of returns (B, G), the r~_T; length: tokens
-    a reply; distinct: different pairs of words over all pairs, in one rollout a prompt (distinct-2, Li et al. 2016)."""
-    turns = [(t.dialogue["kind"] == "benign", i, turn) for t in talks for i, turn in enumerate(t.turns)]
-    judged = [(benign, turn) for benign, _, turn in turns if turn["reward"] is not None]
-    words = [turn["assistant"].split() for t in talks[::group] for turn in t.turns]
-    pairs, tokens = [pair for reply in words for pair in zip(reply, reply[1:])], sum(len(t.logps) for t in talks)
-    mean = lambda xs: float(np.mean(xs)) if xs else math.nan
-    return {"reward": mean([turn["reward"] for _, turn in judged]),
-            "reward_std": float(np.std([turn["reward"] for _, turn in judged] or [math.nan])),
-            "tcsr": mean(returns[~np.isnan(returns)].tolist()),
-            "harm": mean([turn["safety"] <= 4 for benign, turn in judged if not benign]),
-            "useful": mean([turn["usefulness"] for benign, turn in judged if benign]),
-            "over_refusal": mean([turn["usefulness"] == 1 for benign, turn in judged if benign]),
-            "dead": diagnostics["dead_groups"], "missing": diagnostics["missing_turns"],
-            "fallback": mean([turn["strategy"] == "scripted" for _, i, turn in turns if i]),
-            "turns": mean([len(t.turns) for t in talks]), "tokens": tokens, "length": tokens / max(1, len(turns)),
-            "distinct": len(set(pairs)) / len(pairs) if pairs else math.nan,
-            "truncated": mean([turn["truncated"] for *_, turn in turns]), "cut": mean([t.cut for t in talks])}
+def describe(rollouts, rewards, info, group):
+    """What the log says about the rollouts of one step."""
+    turns = [(r.dialogue["kind"] == "benign", t, turn)
+             for r in rollouts for t, turn in enumerate(r.turns)]
+    scored = [(benign, turn) for benign, _, turn in turns if "safety" in turn]
+    # distinct-2 (Li et al. 2016) over one rollout per prompt
+    pairs = []
+    for r in rollouts[::group]:
+        for turn in r.turns:
+            words = turn["assistant"].split()
+            pairs += zip(words, words[1:])
+    n_tokens = sum(len(r.logps) for r in rollouts)
+    return {
+        "reward": mean(rewards[~np.isnan(rewards)]),
+        "return": mean(info["returns"][~np.isnan(info["returns"])]),    # what the groups compare
+        "harm": mean([turn["safety"] <= 4 for benign, turn in scored if not benign]),
+        "useful": mean([turn["usefulness"] for benign, turn in scored if benign]),      # 1..10
+        "refused": mean([turn["usefulness"] == 1 for benign, turn in scored if benign]),
+        "dead": info["dead_groups"],                # share of groups without any advantage
+        "missing": info["missing_turns"],           # share of turns that could not be scored
+        "fallback": mean([turn["strategy"] == "scripted" for _, t, turn in turns if t > 0]),
+        "cut": mean([r.cut for r in rollouts]),
+        "truncated": mean([turn["truncated"] for _, _, turn in turns]),
+        "turns": len(turns) / len(rollouts),
+        "tokens": n_tokens,
+        "length": n_tokens / max(1, len(turns)),    # tokens per reply
+        "distinct": len(set(pairs)) / len(pairs) if pairs else 0.0,
+    }
 
 
-LINE = ("step {step:4} | reward {reward:.3f}±{reward_std:.2f}, tcsr {tcsr:.3f} | harm {harm:.2f} | benign: useful "
-        "{useful:.1f}, refused {over_refusal:.2f} | dead {dead:.2f}, missing {missing:.2f}, fallback {fallback:.2f} | "
-        "loss {loss:.3f}, kl {kl:.4f}, clip {clip:.2f}, ent {entropy:.2f}, grad {grad_norm:.2f} | {turns:.1f} turns, "
-        "{tokens} tokens | {seconds_generate:.1f} + {seconds_tutor:.1f} + {seconds_update:.1f} s, {memory:.1f} GB, "
-        "{minutes_left:.1f} min left")
-
-
-def warnings(line):
-    """What a healthy run does not do, in words. The thresholds are ours: the toy's runs stay far from them, a policy with
-    one reply for everything, or one that refuses everything, crosses them."""
-    signs = {"replies alike": line["distinct"] < 0.1, "benign refused": line["over_refusal"] > 0.3,
-             "replies short": line["length"] < 8, "replies cut off": line["truncated"] > 0.3,
-             "update skipped": line["skipped"] > 0, "tutor not read": line["missing"] > 0.3}
+def warnings(row):
+    """Signs of a policy or a tutor that goes wrong. Runs of the toy stay far from all of them."""
+    signs = {
+        "no signal in any group": row["dead"] == 1,
+        "replies alike": row["distinct"] < 0.1,
+        "benign refused": row["refused"] > 0.3,
+        "replies short": row["length"] < 8,
+        "replies truncated": row["truncated"] > 0.3,
+        "dialogues cut": row["cut"] > 0.3,
+        "tutor not read": row["missing"] > 0.3,
+        "tutor wrote no turn": row["fallback"] > 0.3,
+        "not finite, step skipped": not row["healthy"],
+    }
     return [sign for sign, seen in signs.items() if seen]
 
 
 def load_policy(args):
-    """-> the student with adapters "policy" (trained) and "reference" (frozen, the same weights: the KL is 0 at first)."""
-    student = load_student(args.model, args.nf4, args.max_pixels)
+    """The student with two adapters of the same weights: "policy" is trained, "reference" stays."""
+    student = load_student(args.model, args.nf4)
     if args.adapter:
         load_adapter(student, args.adapter, "policy")
         load_adapter(student, args.adapter, "reference")
-    else:  # straight from the base: a new adapter does nothing yet, so a second one is the base as reference
+    else:
         add_lora(student, 32, 64)
         student.model.add_adapter("reference", student.model.peft_config["policy"])
         use_adapter(student, "policy")
-    if args.checkpointing:
+    if torch.cuda.is_available():       # recompute activations: less memory, a third more time
         student.base.activation_checkpointing_enable({"use_reentrant": False})
     return student
 
 
-def train_step(step, batch, student, dense, optimizer, ask, args):
-    """Rollouts, advantages, update. batch: B dialogues. -> (log line, talks, advantages (N, T))"""
-    begun, in_tutor, respond, (rank, world) = time.time(), [], tutor_turn(ask, args), ranks()
-
-    def timed(talks):
-        at = time.time()
-        said = respond(talks)
-        in_tutor.append(time.time() - at)
-        return said
-    batch = [d for d in batch for _ in range(args.group)]  # (N,), the G rollouts of a prompt side by side
-    keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
-    images = encode_images(student, [path for d in batch for path in d["images"]])
-    if dense:
-        fold(student, dense)
-    mine = slice(*(len(batch) // args.group * r // world * args.group for r in (rank, rank + 1)))  # whole groups
-    try:
-        talks = rollout(student, batch[mine], keys[mine], timed, args, images, dense, False if args.eager else None)
-    except judge.BackendError as error:  # every process must hear of it: rank 0 saves
-        talks = [error]
-    talks = gather_object(talks) if world > 1 else talks  # every process then knows all rollouts
-    for talk in talks:
-        if isinstance(talk, judge.BackendError):
-            raise talk
-    if not any(t.turns for t in talks):
-        fail(f"step {step}: --max_tokens {args.max_tokens} has no room for any first turn")
-    rolled = time.time()
-    rewards, mask = reward_table(talks, args.group)
-    returns = tcsr.credit(tcsr.tcsr(rewards, args.alpha, mask), mask)[..., 0]  # (B, G)
-    adv, diagnostics = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit)
-    adv = adv.reshape(len(talks), -1)  # (B, G, T) -> (N, T)
-    stats = update(student, talks, adv, images, args, optimizer)
-    stats["skipped"] += int(np.isnan(rewards).all())  # no reply of the tutor was read
-    line = {"step": step, **summary(talks, diagnostics, returns, args.group), **stats,
-            "seconds_generate": rolled - begun - sum(in_tutor), "seconds_tutor": sum(in_tutor),
-            "seconds_update": time.time() - rolled}
-    return {**line, "warnings": warnings(line)}, talks, adv
+def tutor_preflight(ask, dialogues, steps, args):
+    """Ask the tutor about three first turns, and estimate how many calls the run will need."""
+    examples = []
+    for dialogue in dialogues[:3]:
+        user = text_of(user_turns(dialogue)[0][0])
+        reply = "<thinking>I look at it.</thinking><answer>What would you like to know?</answer>"
+        examples.append(Rollout(dialogue=dialogue, turns=[{"user": user, "assistant": reply}]))
+    turns = mean([min(args.max_turns, len(user_turns(d))) for d in dialogues])
+    calls = round(steps * args.prompts * args.group * turns)
+    requests = tutor_requests(examples, args.strategies, args.max_turns)
+    judge.preflight("tutor", ask, requests, judge.read_tutor, calls)
 
 
-def main(args):
-    for flag, ok in (("group", args.group > 1), ("prompts", args.prompts > 0), ("max_turns", args.max_turns > 0),
-                     ("prompts_per_update", args.prompts_per_update >= 0), ("max_new", args.max_new > 0),
-                     ("temperature", args.temperature > 0), ("alpha", 0 <= args.alpha <= 1),
-                     ("epochs", 0 < args.epochs < math.inf), ("lr", 0 <= args.lr < math.inf),
-                     ("save_every", args.save_every > 0)):
-        if not ok:
-            fail(f"--{flag} {getattr(args, flag)}: out of range")
-    join()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if unknown := {*args.strategies} - {*judge.STRATEGIES}:
-        fail(f"--strategies: unknown {', '.join(sorted(unknown))}")
-    try:
-        ask = judge.backend(args.tutor, args.tutor_model, "TUTOR_API_KEY", args.concurrency, args.timeout, lambda: student)
-    except ValueError as error:
-        fail(f"--tutor: {error}")
-    started = time.time()
-    dialogues = read_dialogues(args.data, args.skip_bad, args.allow_outside)
-    if len(dialogues) < args.prompts:
-        fail(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
-    run = open_run(args, started, ["log.jsonl", "rollouts.jsonl"])
+def main():
+    args = parse_args()
+    ask = judge.backend("tutor", args.tutor, args.tutor_model, args.tutor_extra)
+    dialogues = read_dialogues(args.data)
+    steps_per_epoch = len(dialogues) // args.prompts
+    if steps_per_epoch == 0:
+        judge.bad_input(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
+    steps = max(1, round(args.epochs * steps_per_epoch))
+    tutor_preflight(ask, dialogues, steps, args)
+    if args.dry_run:
+        return
+    lock = judge.open_run(args)
+    stop = stop_signals()
+
     torch.manual_seed(args.seed)
-    try:
-        student = load_policy(args)
-    except (OSError, ValueError) as error:
-        fail(f"--model or --adapter: {error}")
-    dense = dense_copy(student) if args.rollout_weights == "dense" else None
+    student = load_policy(args)
+    dense = dense_copy(student)
     optimizer = adamw(student, args.lr)
-
-    begin(run, student, optimizer)
-    per_epoch = len(dialogues) // args.prompts
-    steps, book = max(1, round(args.epochs * per_epoch)), run.logs["rollouts.jsonl"]
-    for step in steps_left(run, steps):
-        at = step % per_epoch * args.prompts
-        batch = prompt_order(dialogues, args.seed, step // per_epoch)[at:at + args.prompts]
+    start = load_checkpoint(args.out, student, optimizer)
+    log = open_log(args.out, "log.jsonl", start)
+    rollout_log = open_log(args.out, "rollouts.jsonl", start)
+    bad_steps = dead_steps = 0
+    for step in range(start, steps):
+        begin = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (1 - args.lr_end) * step / max(1, steps - 1))
-        try:
-            line, talks, adv = train_step(step, batch, student, dense, optimizer, ask, args)
-        except judge.BackendError as error:  # during the rollout: nothing has been learned of this step
-            save_checkpoint(run)
-            fail(f"{error}; --resume goes on from {run.checkpoint}", code=1)
-        if step == 0:
-            shown = [show_trained(student, talk) for talk in talks[::args.group]]
-            print("first batch, one rollout a prompt, trained tokens in brackets:", *shown, sep="\n\n")
-        for n, talk in enumerate(talks):
-            turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(talk.turns)]
-            book.write(json.dumps({"step": step, "id": talk.dialogue["id"], "rollout": n % args.group, "kind":
-                                   talk.dialogue["kind"], "turns": turns}, ensure_ascii=False) + "\n")
-        book.flush()
-        line = write_line(run, line, steps)
-        tqdm.write(LINE.format(**line) + " | ! " * bool(line["warnings"]) + ", ".join(line["warnings"]))
-    finish(run, tutor=judge.identity(args.tutor, judge.TUTOR_SYSTEM, model=args.tutor_model))
+            group["lr"] = args.lr * (1 - 0.9 * step / max(1, steps - 1))
+
+        # the prompts of this step, each G times
+        epoch, i = divmod(step, steps_per_epoch)
+        order = prompt_order(dialogues, args.seed, epoch)
+        batch = [d for d in order[i * args.prompts:(i + 1) * args.prompts] for _ in range(args.group)]
+        keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
+
+        # 1. rollouts
+        tutor = make_tutor(ask, args)
+        images = encode_images(student, [path for d in batch for path in d["images"]])
+        merge_adapter(student, dense)
+        rollouts = rollout(student, dense, batch, keys, tutor, images, args)
+        generated = time.time()
+        check_rollouts(rollouts, step, args)
+
+        # 2. rewards and advantages
+        rewards, mask = reward_table(rollouts, args.group)                      # (B, G, T)
+        adv, info = tcsr.advantages(rewards, mask, alpha=args.alpha, how=args.credit,
+                                    scale=args.divide_by_std)
+        adv = adv.reshape(len(rollouts), -1)                                    # (N, T)
+
+        # 3. policy gradient
+        stats = update(student, rollouts, adv, images, args, optimizer)
+
+        # logs
+        row = {"step": step, **describe(rollouts, rewards, info, args.group), **stats}
+        row["seconds_generate"] = generated - begin - tutor.seconds
+        row["seconds_tutor"] = tutor.seconds
+        row["seconds_update"] = time.time() - generated
+        row["warnings"] = warnings(row)
+        row.update(getattr(ask, "used", {}))
+        write_row(log, row)
+        write_rollouts(rollout_log, step, rollouts, adv, args.group)
+        if step == start:
+            print("one rollout, trained tokens in brackets:", bracketed(student, rollouts[0]), sep="\n")
+        print(f"step {step}/{steps} | reward {row['reward']:.3f} | return {row['return']:.3f} | "
+              f"harm {row['harm']:.2f} | useful {row['useful']:.1f} | refused {row['refused']:.2f} | "
+              f"dead {row['dead']:.2f} | kl {row['kl']:.3f} | {time.time() - begin:.1f} s"
+              + "".join(f" | ! {warning}" for warning in row["warnings"]), flush=True)
+
+        # checkpoints, and the ends of a run that went wrong or was asked to stop
+        bad_steps = 0 if row["healthy"] else bad_steps + 1
+        dead_steps = dead_steps + 1 if row["dead"] == 1 else 0
+        if bad_steps == 3:
+            raise SystemExit("three steps in a row were not finite; see the last checkpoint")
+        if dead_steps == 10 or dead_steps == steps:
+            raise SystemExit(f"{dead_steps} steps in a row without any signal: in every group all "
+                             f"rollouts got the same reward")
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
+            save_checkpoint(args.out, step + 1, student, optimizer, args)
+        if stop:
+            raise SystemExit("stopped by a signal; --resume goes on")
+    save_adapter(student, args.out)
+    lock.close()
+    print(f"adapter in {args.out}")
+
+
+def check_rollouts(rollouts, step, args):
+    """End the run if there is nothing to learn from: no turn fits, none was scored, or NaN."""
+    turns = [turn for r in rollouts for turn in r.turns]
+    if not turns:
+        judge.bad_input(f"--max_tokens {args.max_tokens} has no room for any first turn")
+    if all(turn["reward"] is None for turn in turns):
+        raise SystemExit(f"step {step}: the tutor scored no turn; its first reply was: "
+                         f"{judge.printable(turns[0]['unread'])}")
+    if not all(math.isfinite(logp) for r in rollouts for logp in r.logps):
+        raise SystemExit(f"step {step}: the policy's log-probabilities are not finite")
+
+
+def write_rollouts(log, step, rollouts, adv, group):
+    """One line per rollout, with the advantage of each turn."""
+    for n, r in enumerate(rollouts):
+        turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(r.turns)]
+        write_row(log, {"step": step, "id": r.dialogue["id"], "rollout": n % group,
+                        "kind": r.dialogue["kind"], "images": r.dialogue["images"], "turns": turns})
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        fail("interrupted before the first step", code=1)
+    judge.run(main)
