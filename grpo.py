@@ -33,7 +33,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
 import judge
 import tcsr
@@ -42,6 +41,7 @@ from sft import (Row, adamw, add_lora, bracketed, encode_images, hidden_states, 
                  optimizer_step, policy_logits, reply_logps, save_adapter, save_checkpoint,
                  stop_signals, system_of, use_adapter, user_row, write_row)
 from synth import image_png, read_dialogues, text_of, user_turns
+from peft.utils.integrations import dequantize_module_weight    # after sft, which quiets peft
 
 # -----------------------------------------------------------------------------
 # command line
@@ -629,8 +629,8 @@ def tutor_preflight(ask, dialogues, steps, args):
     judge.preflight("tutor", ask, requests, judge.read_tutor, calls)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     ask = judge.backend("tutor", args.tutor, args.tutor_model, args.tutor_extra)
     dialogues = read_dialogues(args.data)
     steps_per_epoch = len(dialogues) // args.prompts

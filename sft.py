@@ -37,11 +37,13 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")       # bitsandbytes would load the compiler
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)     # peft uses it
 
 import bitsandbytes
 import torch
@@ -700,8 +702,8 @@ def render_all(student, dialogues, args):
     return train, test
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     dialogues = read_dialogues(args.data)
     lock = judge.open_run(args)
     stop = stop_signals()

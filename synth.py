@@ -658,8 +658,8 @@ def write_jsonl(path, rows):
     judge.write_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     if sum(args.splits) <= 0:
         judge.bad_input("--splits: at least one share must be above 0")
     agents = Agents(args)
@@ -690,9 +690,9 @@ def main():
                 failed += 1
             elif record["dropped"]:
                 row = {"id": record["id"], "kind": record["kind"], "why": record["dropped"]}
-                append(out / "dropped.jsonl", row)
+                append_jsonl(out / "dropped.jsonl", row)
             else:
-                append(out / f"{record['split']}.jsonl", dialogue_of(record, args))
+                append_jsonl(out / f"{record['split']}.jsonl", dialogue_of(record, args))
     write_splits(out)
     print("requests: " + ", ".join(f"{n} {role}" for role, n in sorted(agents.calls.items())))
     lock.close()
@@ -700,7 +700,7 @@ def main():
         raise SystemExit(f"{failed} dialogues failed for want of a usable reply; --resume asks again")
 
 
-def append(path, row):
+def append_jsonl(path, row):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

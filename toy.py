@@ -639,7 +639,7 @@ def make_base(args, rng):
     model.save_pretrained(Path(args.out, "base"))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the toy world and its base student",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, judge.number(int, 1)
@@ -650,7 +650,7 @@ def main():
     add("--n_sft", type=count, default=200, help="seeds for SFT, half of them benign")
     add("--n_rl", type=count, default=160, help="seeds for RL, half of them benign")
     add("--n_bench", type=count, default=200, help="seeds of the bench, half of them benign")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     write_seeds(args, random.Random(f"{args.seed}/seeds"))
     make_base(args, random.Random(f"{args.seed}/base"))
 
