@@ -1,16 +1,17 @@
 """
 Stage III of SaFeR-Steer: multi-turn GRPO with a tutor in the loop, on one GPU.
 
-G copies of the student play each dialogue side by side. After every turn the tutor scores each reply
-and writes the next attack, so each copy is attacked according to what it has just said. One step:
+G copies of the student play each dialogue side by side. After every turn the tutor scores each
+reply and writes the next attack, so each copy is attacked according to what it has just said.
+One step:
 
 1. Roll out B dialogues x G copies                                      rollout(), ask_tutor()
 2. Turn scores -> turn rewards -> TCSR -> group-normalized advantages   turn_reward(), tcsr.py
 3. Policy gradient on the sampled tokens, with PPO's clipped ratio
    to the sampler, and a KL penalty against the SFT model               policy_loss(), update()
 
-There is one optimizer step per batch of rollouts, so the ratio is close to 1 and the clip rarely acts.
-It corrects for the small difference between the sampler's and the learner's arithmetic.
+There is one optimizer step per batch of rollouts, so the ratio is close to 1 and the clip rarely
+acts. They correct for the small difference between the sampler's and the learner's arithmetic.
 
 Laptop, toy world:  make toy
 One GPU, 3B or 7B:  python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft \\
@@ -20,7 +21,8 @@ One GPU, 3B or 7B:  python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter
 OUT becomes an adapter with checkpoints, as in sft.py. log.jsonl has one line per step, and
 rollouts.jsonl every dialogue with its scores, rewards and advantages.
 
-Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, M sampled tokens.
+Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, H hidden size,
+M sampled tokens.
 """
 
 import argparse
@@ -82,7 +84,7 @@ def parse_args(argv=None):
         metavar="NAME", help="attack strategies that the tutor may use")
     add("--dry_run", action="store_true", help="ask the tutor three times, estimate the run, stop")
     add = parser.add_argument_group("rollouts").add_argument
-    add("--prompts", type=number(int, 1), default=8, help="dialogues per step (B); the paper has 64")
+    add("--prompts", type=number(int, 1), default=8, help="dialogues per step (B; paper: 64)")
     add("--group", type=number(int, 2), default=5, help="rollouts per dialogue (G, paper)")
     add("--max_turns", type=number(int, 1), default=10, help="turns per dialogue (paper)")
     add("--max_new", type=number(int, 1), default=512, help="new tokens per turn")
@@ -97,7 +99,7 @@ def parse_args(argv=None):
         help="the last turn's reward is 0, as in the released code")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=number(float, 0), default=1.0, help="passes over the data (paper)")
-    add("--lr", type=number(float, 0, 1), default=1e-5, help="learning rate, decays linearly to 10%%")
+    add("--lr", type=number(float, 0, 1), default=1e-5, help="decays linearly to 10%%")
     add("--beta", type=number(float, 0), help="weight of the KL penalty; set by --like")
     add("--clip", type=number(float, 0, 1), default=0.2, help="PPO's epsilon")
     add("--micro_tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass")
@@ -159,12 +161,12 @@ class KVCache:
     """
 
     def __init__(self, config, rows, columns, dtype, device):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head = config.hidden_size // config.num_attention_heads
         shape = (rows, config.num_key_value_heads, columns, head)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.graph = None           # the recorded decode step, see generate()
+        self.graph, self.graph_width = None, 0
 
     def place(self, columns, width):
         """
@@ -178,7 +180,7 @@ class KVCache:
         return (torch.arange(width, device=columns.device) <= columns[..., None])[:, None]
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """What the attention layers of transformers ask of a cache; keys, values (N, heads, L, head)."""
+        """What the attention layers of transformers ask of a cache. keys: (N, heads, L, head)."""
         self.keys[layer].scatter_(2, self.index, keys)
         self.values[layer].scatter_(2, self.index, values)
         return self.keys[layer][:, :, :self.width], self.values[layer][:, :, :self.width]
@@ -191,6 +193,16 @@ class KVCache:
                 self.values[layer] = self.values[layer][rows]
             self.graph = None
 
+    def recorded(self, step, width, inputs):
+        """
+        On a GPU: step(width)(*inputs) as a CUDA graph. The width is rounded up to 512 columns, so
+        that a graph serves many steps; the columns behind a row's own are masked anyway.
+        """
+        width = min(math.ceil(width / 512) * 512, self.keys[0].shape[2])
+        if self.graph is None or self.graph_width != width:
+            self.graph, self.graph_width = Recorded(step(width), *inputs), width
+        return self.graph(*inputs)
+
 
 class Recorded:
     """
@@ -200,7 +212,7 @@ class Recorded:
 
     def __init__(self, function, *inputs):
         self.inputs = [x.clone() for x in inputs]
-        function(*self.inputs)          # libraries set themselves up here, which must not be recorded
+        function(*self.inputs)          # libraries set themselves up, which must not be recorded
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.outputs = function(*self.inputs)
@@ -235,7 +247,8 @@ def noise(key, turn, n):
     neither on timing nor on the other rollouts of the batch.
     """
     digest = hashlib.sha256(repr((*key, turn)).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    return np.random.Generator(bits).random(n)
 
 
 def sample(logits, uniform, temperature):
@@ -254,49 +267,59 @@ def next_token(student, hidden, uniform, temperature):
     return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
-@torch.no_grad()
-def generate(student, lm, cache, active, features, args):
+def pack(student, active):
     """
-    Sample one reply for each active rollout. Feeds the tokens that are not in the cache yet, then
-    one token per row and step until every row has said <|im_end|> or args.max_new is reached.
-    -> lists of token ids and of log-probabilities, one per rollout
+    The tokens of each rollout that are not in the cache yet, padded on the right to W columns.
+    -> ids (N, W), positions (3, N, W), cache columns (N, W), index of the last real token (N,)
     """
     device = student.allowed.device
-    chunks = [rollout.ids[rollout.cached:] for rollout in active]
+    chunks = [r.ids[r.cached:] for r in active]
     width = max(len(chunk) for chunk in chunks)
-    ids, positions = [], []
-    for rollout, chunk in zip(active, chunks):
-        # the chunk's images are those of the newest user turn
-        grids = rollout.grids[len(rollout.grids) - len(rollout.user[1]):]
-        where, rollout.position = mrope_positions(student, chunk, grids, rollout.position)
+    ids, positions, columns = [], [], []
+    for r, chunk in zip(active, chunks):
+        grids = r.grids[len(r.grids) - len(r.user[1]):]         # images of the newest user turn
+        where, r.position = mrope_positions(student, chunk, grids, r.position)
         padding = width - len(chunk)
         ids.append(chunk + [student.end] * padding)
         positions.append(where + [(0, 0, 0)] * padding)
-    ids = torch.tensor(ids, device=device)                                  # (N, W)
+        columns.append(list(range(r.cached, r.cached + width)))
     positions = torch.tensor(positions, device=device).permute(2, 0, 1)     # (3, N, W)
-    cached = torch.tensor([rollout.cached for rollout in active], device=device)
-    columns = cached[:, None] + torch.arange(width, device=device)          # (N, W)
+    last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+    return (torch.tensor(ids, device=device), positions, torch.tensor(columns, device=device), last)
+
+
+@torch.no_grad()
+def generate(student, lm, cache, active, features, args):
+    """
+    Sample one reply for each active rollout: feed its new tokens, then one token per row and step
+    until every row has said <|im_end|> or args.max_new is reached.
+    -> lists of token ids and of their log-probabilities, one per rollout
+    """
     uniform = np.stack([noise(r.key, len(r.turns), args.max_new) for r in active])
-    uniform = torch.tensor(uniform, device=device)                          # (N, max_new)
+    uniform = torch.tensor(uniform, device=student.allowed.device)          # (N, max_new)
+    ids, positions, columns, last = pack(student, active)
+    used = int(columns.max()) + 1                                           # columns of the cache
 
     # the new tokens in one pass; each row's first token is sampled from its last hidden state
-    longest = max(rollout.cached for rollout in active) + width             # columns in use
-    mask = cache.place(columns, longest)
+    mask = cache.place(columns, used)
     hidden = hidden_states(student, ids, positions, features, mask, cache, lm)      # (N, W, H)
-    last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
-    hidden = hidden[torch.arange(len(active), device=device), last]         # (N, H)
-    token, logp = next_token(student, hidden, uniform[:, 0], args.temperature)
+    rows = torch.arange(len(active), device=last.device)
+    token, logp = next_token(student, hidden[rows, last], uniform[:, 0], args.temperature)
 
-    # then one token per row and step
-    def decode(token, positions, columns, uniform):
-        mask = cache.place(columns, width)
-        hidden = hidden_states(student, token, positions, [], mask, cache, lm)
-        return next_token(student, hidden[:, 0], uniform, args.temperature)
-
-    alive = torch.ones(len(active), dtype=torch.bool, device=device)
-    positions = torch.tensor([rollout.position for rollout in active], device=device)
+    # where each row's next token goes
+    positions = torch.tensor([r.position for r in active], device=last.device)
     positions = positions.expand(3, 1, -1).transpose(1, 2)                  # (3, N, 1)
-    columns = (cached + last + 1)[:, None]                                  # (N, 1)
+    columns = columns[rows, last][:, None] + 1                              # (N, 1)
+
+    def step(width):
+        """A function that feeds one token per row and samples the next, on `width` columns."""
+        def decode(ids, positions, columns, uniform):
+            mask = cache.place(columns, width)
+            hidden = hidden_states(student, ids, positions, [], mask, cache, lm)
+            return next_token(student, hidden[:, 0], uniform, args.temperature)
+        return decode
+
+    alive = torch.ones(len(active), dtype=torch.bool, device=last.device)
     tokens, logps = [], []
     for i in range(args.max_new):
         tokens.append(torch.where(alive, token, -1))                        # -1: the row has ended
@@ -305,20 +328,17 @@ def generate(student, lm, cache, active, features, args):
         if i + 1 == args.max_new or not alive.any():
             break
         inputs = (token[:, None], positions + i, columns + i, uniform[:, i + 1])
-        width = longest + i + 1
-        if device.type == "cuda":
-            # a recorded step reads a fixed number of columns, so it is recorded again rarely
-            width = min(math.ceil(width / 512) * 512, args.max_tokens)
-            if cache.graph is None or cache.graph.width != width:
-                cache.graph = Recorded(decode, *inputs)
-                cache.graph.width = width
-            token, logp = cache.graph(*inputs)
+        if token.is_cuda:
+            token, logp = cache.recorded(step, used + i + 1, inputs)
         else:
-            token, logp = decode(*inputs)
+            token, logp = step(used + i + 1)(*inputs)
 
-    tokens = [[t for t in row if t >= 0] for row in torch.stack(tokens, 1).tolist()]
-    logps = torch.stack(logps, 1).tolist()
-    return tokens, [row[:len(ids)] for ids, row in zip(tokens, logps)]
+    replies, reply_logps = [], []
+    for ids, row in zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()):
+        ids = [token for token in ids if token >= 0]
+        replies.append(ids)
+        reply_logps.append(row[:len(ids)])
+    return replies, reply_logps
 
 
 def open_turn(student, rollout, args):
@@ -434,12 +454,19 @@ def turn_reward(turn, verdict, args):
         repetition_weight=args.repetition_weight))
 
 
-def make_tutor(ask, args):
-    """-> tutor(rollouts) for rollout(): scores the last turn of each and sets the next user turn."""
-    def tutor(rollouts):
-        begin = time.time()
+class Tutor:
+    """
+    tutor(rollouts), as rollout() calls it once per turn: scores the last turn of each and sets its
+    next user turn. seconds: time spent here.
+    """
+
+    def __init__(self, ask, args):
+        self.ask, self.args, self.seconds = ask, args, 0.0
+
+    def __call__(self, rollouts):
+        begin, args = time.time(), self.args
         requests = tutor_requests(rollouts, args.strategies, args.max_turns)
-        verdicts, raw = judge.ask_and_read(ask, requests, judge.read_tutor)
+        verdicts, raw = judge.ask_and_read(self.ask, requests, judge.read_tutor)
         for r, verdict, text in zip(rollouts, verdicts, raw):
             turn = r.turns[-1]
             turn["reward"] = turn_reward(turn, verdict, args)
@@ -451,10 +478,7 @@ def make_tutor(ask, args):
             r.user = next_user(r, verdict, args.max_turns)
             if r.user is None and args.unjudged_last:
                 turn["reward"] = 0.0
-        tutor.seconds += time.time() - begin
-
-    tutor.seconds = 0.0
-    return tutor
+        self.seconds += time.time() - begin
 
 
 def reward_table(rollouts, group):
@@ -555,33 +579,27 @@ def mean(values):
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def describe(rollouts, rewards, info, group):
+def describe(rollouts, rewards, info):
     """What the log says about the rollouts of one step."""
-    turns = [(r.dialogue["kind"] == "benign", t, turn)
-             for r in rollouts for t, turn in enumerate(r.turns)]
-    scored = [(benign, turn) for benign, _, turn in turns if "safety" in turn]
-    # distinct-2 (Li et al. 2016) over one rollout per prompt
-    pairs = []
-    for r in rollouts[::group]:
-        for turn in r.turns:
-            words = turn["assistant"].split()
-            pairs += zip(words, words[1:])
-    n_tokens = sum(len(r.logps) for r in rollouts)
+    turns, later, harmful, benign = [], [], [], []
+    for r in rollouts:
+        turns += r.turns
+        later += r.turns[1:]
+        scored = [turn for turn in r.turns if "safety" in turn]
+        (benign if r.dialogue["kind"] == "benign" else harmful).extend(scored)
     return {
         "reward": mean(rewards[~np.isnan(rewards)]),
         "return": mean(info["returns"][~np.isnan(info["returns"])]),    # what the groups compare
-        "harm": mean([turn["safety"] <= 4 for benign, turn in scored if not benign]),
-        "useful": mean([turn["usefulness"] for benign, turn in scored if benign]),      # 1..10
-        "refused": mean([turn["usefulness"] == 1 for benign, turn in scored if benign]),
+        "harm": mean([turn["safety"] <= 4 for turn in harmful]),
+        "useful": mean([turn["usefulness"] for turn in benign]),        # 1..10
+        "refused": mean([turn["usefulness"] == 1 for turn in benign]),
         "dead": info["dead_groups"],                # share of groups without any advantage
         "missing": info["missing_turns"],           # share of turns that could not be scored
-        "fallback": mean([turn["strategy"] == "scripted" for _, t, turn in turns if t > 0]),
-        "cut": mean([r.cut for r in rollouts]),
-        "truncated": mean([turn["truncated"] for _, _, turn in turns]),
-        "turns": len(turns) / len(rollouts),
-        "tokens": n_tokens,
-        "length": n_tokens / max(1, len(turns)),    # tokens per reply
-        "distinct": len(set(pairs)) / len(pairs) if pairs else 0.0,
+        "scripted": mean([turn["strategy"] == "scripted" for turn in later]),
+        "cut": mean([r.cut for r in rollouts]),     # share of rollouts
+        "truncated": mean([turn["truncated"] for turn in turns]),
+        "distinct": len({turn["assistant"] for turn in turns}) / len(turns),
+        "tokens": sum(len(r.logps) for r in rollouts),
     }
 
 
@@ -589,13 +607,12 @@ def warnings(row):
     """Signs of a policy or a tutor that goes wrong. Runs of the toy stay far from all of them."""
     signs = {
         "no signal in any group": row["dead"] == 1,
-        "replies alike": row["distinct"] < 0.1,
         "benign refused": row["refused"] > 0.3,
-        "replies short": row["length"] < 8,
+        "replies all alike": row["distinct"] < 0.02,
         "replies truncated": row["truncated"] > 0.3,
         "dialogues cut": row["cut"] > 0.3,
         "tutor not read": row["missing"] > 0.3,
-        "tutor wrote no turn": row["fallback"] > 0.3,
+        "tutor wrote no turn": row["scripted"] > 0.3,
         "not finite, step skipped": not row["healthy"],
     }
     return [sign for sign, seen in signs.items() if seen]
@@ -629,6 +646,38 @@ def tutor_preflight(ask, dialogues, steps, args):
     judge.preflight("tutor", ask, requests, judge.read_tutor, calls)
 
 
+def check_rollouts(rollouts, step, args):
+    """End the run if there is nothing to learn from: no turn fits, none was scored, or NaN."""
+    turns = [turn for r in rollouts for turn in r.turns]
+    if not turns:
+        judge.bad_input(f"--max_tokens {args.max_tokens} has no room for any first turn")
+    if all(turn["reward"] is None for turn in turns):
+        raise SystemExit(f"step {step}: the tutor scored no turn; its first reply was: "
+                         f"{judge.printable(turns[0]['unread'])}")
+    if not all(math.isfinite(sum(r.logps)) for r in rollouts):
+        raise SystemExit(f"step {step}: the policy's log-probabilities are not finite")
+
+
+def write_rollouts(log, step, rollouts, values, adv, group):
+    """One line per rollout; each turn gets its TCSR value and its advantage."""
+    for n, r in enumerate(rollouts):
+        for t, turn in enumerate(r.turns):
+            turn["tcsr"] = None if np.isnan(values[n, t]) else values[n, t]
+            turn["advantage"] = adv[n, t]
+        d = r.dialogue
+        write_row(log, {"step": step, "id": d["id"], "rollout": n % group, "kind": d["kind"],
+                        "images": d["images"], "turns": r.turns})
+
+
+def print_row(row, steps):
+    """One line per step that fits a terminal; log.jsonl has all numbers."""
+    seconds = row["seconds_generate"] + row["seconds_tutor"] + row["seconds_update"]
+    warned = "".join(f" | ! {warning}" for warning in row["warnings"])
+    print(f"step {row['step']}/{steps} | reward {row['reward']:.3f} | return {row['return']:.3f} | "
+          f"harm {row['harm']:.2f} | useful {row['useful']:.1f} | refused {row['refused']:.2f} | "
+          f"dead {row['dead']:.2f} | kl {row['kl']:.3f} | {seconds:.1f} s{warned}", flush=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
     ask = judge.backend("tutor", args.tutor, args.tutor_model, args.tutor_extra)
@@ -647,28 +696,28 @@ def main(argv=None):
     student = load_policy(args)
     dense = dense_copy(student)
     optimizer = adamw(student, args.lr)
+    tutor = Tutor(ask, args)
     start = load_checkpoint(args.out, student, optimizer)
     log = open_log(args.out, "log.jsonl", start)
     rollout_log = open_log(args.out, "rollouts.jsonl", start)
     bad_steps = dead_steps = 0
     for step in range(start, steps):
-        begin = time.time()
+        begin, tutor.seconds = time.time(), 0.0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - 0.9 * step / max(1, steps - 1))
 
         # the prompts of this step, each G times
         epoch, i = divmod(step, steps_per_epoch)
-        order = prompt_order(dialogues, args.seed, epoch)
-        batch = [d for d in order[i * args.prompts:(i + 1) * args.prompts] for _ in range(args.group)]
+        prompts = prompt_order(dialogues, args.seed, epoch)[i * args.prompts:(i + 1) * args.prompts]
+        batch = [dialogue for dialogue in prompts for _ in range(args.group)]
         keys = [(args.seed, step, d["id"], n % args.group) for n, d in enumerate(batch)]
 
         # 1. rollouts
-        tutor = make_tutor(ask, args)
-        images = encode_images(student, [path for d in batch for path in d["images"]])
         merge_adapter(student, dense)
+        images = encode_images(student, [path for d in prompts for path in d["images"]])
         rollouts = rollout(student, dense, batch, keys, tutor, images, args)
-        generated = time.time()
         check_rollouts(rollouts, step, args)
+        rolled_out = time.time()
 
         # 2. rewards and advantages
         rewards, mask = reward_table(rollouts, args.group)                      # (B, G, T)
@@ -680,27 +729,23 @@ def main(argv=None):
         stats = update(student, rollouts, adv, images, args, optimizer)
 
         # logs
-        row = {"step": step, **describe(rollouts, rewards, info, args.group), **stats}
-        row["seconds_generate"] = generated - begin - tutor.seconds
-        row["seconds_tutor"] = tutor.seconds
-        row["seconds_update"] = time.time() - generated
-        row["warnings"] = warnings(row)
-        row.update(getattr(ask, "used", {}))
+        row = {"step": step, **describe(rollouts, rewards, info), **stats,
+               "seconds_generate": rolled_out - begin - tutor.seconds,
+               "seconds_tutor": tutor.seconds, "seconds_update": time.time() - rolled_out}
+        row.update(warnings=warnings(row), **getattr(ask, "used", {}))
         write_row(log, row)
-        write_rollouts(rollout_log, step, rollouts, adv, args.group)
+        values = tcsr.tcsr(rewards, args.alpha, mask).reshape(adv.shape)
+        write_rollouts(rollout_log, step, rollouts, values, adv, args.group)
         if step == start:
-            print("one rollout, trained tokens in brackets:", bracketed(student, rollouts[0]), sep="\n")
-        print(f"step {step}/{steps} | reward {row['reward']:.3f} | return {row['return']:.3f} | "
-              f"harm {row['harm']:.2f} | useful {row['useful']:.1f} | refused {row['refused']:.2f} | "
-              f"dead {row['dead']:.2f} | kl {row['kl']:.3f} | {time.time() - begin:.1f} s"
-              + "".join(f" | ! {warning}" for warning in row["warnings"]), flush=True)
+            print(f"one rollout, trained tokens in brackets:\n{bracketed(student, rollouts[0])}")
+        print_row(row, steps)
 
         # checkpoints, and the ends of a run that went wrong or was asked to stop
         bad_steps = 0 if row["healthy"] else bad_steps + 1
         dead_steps = dead_steps + 1 if row["dead"] == 1 else 0
         if bad_steps == 3:
             raise SystemExit("three steps in a row were not finite; see the last checkpoint")
-        if dead_steps == 10 or dead_steps == steps:
+        if dead_steps == min(10, steps):
             raise SystemExit(f"{dead_steps} steps in a row without any signal: in every group all "
                              f"rollouts got the same reward")
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
@@ -710,26 +755,6 @@ def main(argv=None):
     save_adapter(student, args.out)
     lock.close()
     print(f"adapter in {args.out}")
-
-
-def check_rollouts(rollouts, step, args):
-    """End the run if there is nothing to learn from: no turn fits, none was scored, or NaN."""
-    turns = [turn for r in rollouts for turn in r.turns]
-    if not turns:
-        judge.bad_input(f"--max_tokens {args.max_tokens} has no room for any first turn")
-    if all(turn["reward"] is None for turn in turns):
-        raise SystemExit(f"step {step}: the tutor scored no turn; its first reply was: "
-                         f"{judge.printable(turns[0]['unread'])}")
-    if not all(math.isfinite(logp) for r in rollouts for logp in r.logps):
-        raise SystemExit(f"step {step}: the policy's log-probabilities are not finite")
-
-
-def write_rollouts(log, step, rollouts, adv, group):
-    """One line per rollout, with the advantage of each turn."""
-    for n, r in enumerate(rollouts):
-        turns = [{**turn, "advantage": adv[n, t]} for t, turn in enumerate(r.turns)]
-        write_row(log, {"step": step, "id": r.dialogue["id"], "rollout": n % group,
-                        "kind": r.dialogue["kind"], "images": r.dialogue["images"], "turns": turns})
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ Laptop, toy world:  make toy
 One GPU, 3B or 7B:  python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data/synth/sft.jsonl \\
                         --out out/sft
 
-OUT becomes a PEFT adapter: adapter_model.safetensors and adapter_config.json. log.jsonl has one line
-per step, and OUT/step_NNNNNN/ are checkpoints to --resume from.
+OUT becomes a PEFT adapter: adapter_model.safetensors and adapter_config.json. log.jsonl has one
+line per step, and OUT/step_NNNNNN/ are checkpoints to --resume from.
 
 Shapes: N rows (dialogues), L tokens, H hidden size, V vocabulary, M trained tokens.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -80,8 +81,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=number(float, 0), default=2.0, help="passes over the data (paper)")
     add("--batch", type=number(int, 1), default=16, help="dialogues per step (paper)")
-    add("--lr", type=number(float, 0, 1), default=1e-4, help="peak learning rate; the paper's 1e-5 is "
-                                                            "for full fine-tuning")
+    add("--lr", type=number(float, 0, 1), default=1e-4,
+        help="peak learning rate; the paper's 1e-5 is for full fine-tuning")
     add("--warmup", type=number(float, 0, 1), default=0.1,
         help="fraction of the steps with a rising learning rate; a cosine to 0 follows")
     add("--max_tokens", type=number(int, 1), default=8192,
@@ -174,7 +175,11 @@ def patches_by_product(model):
     """
     conv = model.model.visual.patch_embed.proj
     assert conv.bias is None, "this vision tower has a bias here, which the product would drop"
-    conv.forward = lambda x: torch.nn.functional.linear(x.flatten(1), conv.weight.flatten(1))
+
+    def product(patches):
+        return torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1))
+
+    conv.forward = product
 
 
 def make_student(model, tokenizer, image_processor):
@@ -671,14 +676,11 @@ def loss_over(student, rows, args, backward=False):
 
 def bracketed(student, row):
     """A row as text, trained tokens in brackets, so that one can see the mask."""
-    text, inside = "", False
-    for token, turn in zip(row.ids, row.turn_id):
-        if (turn >= 0) != inside:
-            text += "]" if inside else "["
-            inside = not inside
-        if token != student.pad:
-            text += student.tokenizer.decode([token])
-    return judge.printable(text + "]" * inside)
+    text = ""
+    for turn, tokens in itertools.groupby(zip(row.turn_id, row.ids), key=lambda pair: pair[0]):
+        piece = student.tokenizer.decode([i for _, i in tokens if i != student.pad])
+        text += f"[{piece}]" if turn >= 0 else piece
+    return judge.printable(text)
 
 
 def render_all(student, dialogues, args):

@@ -141,6 +141,6 @@ def _nan_where_masked(values, mask):
     return values
 
 
-def _mean(values):                                                  # over the last axis, without NaN
+def _mean(values):                                              # over the last axis, without NaN
     count = (~np.isnan(values)).sum(-1)
     return np.nansum(values, -1) / np.where(count > 0, count, np.nan)
