@@ -105,6 +105,7 @@ def make_attacker(ask, args):
             verdicts, _ = judge.ask_and_read(ask, requests, judge.read_tutor)
         for r, verdict in zip(rollouts, verdicts):
             r.user = next_user(r, verdict, MAX_TURNS)
+
     return attacker
 
 
@@ -298,20 +299,22 @@ def survival(samples, threshold):
 
 def arm_results(samples):
     """Everything about one arm that results.json holds."""
-    sources = {}
-    for sample in samples:
-        sources.setdefault(sample["source"], []).append(sample)
-    later = [turn for sample in samples for turn in sample["turns"][1:]]
-    scripted = [turn for turn in later if turn["strategy"] == "scripted"]
-    return {
+    results = {
         "metrics": {metric: measure(samples, metric) for metric in METRICS},
         "survival": {name: survival(samples, limit) for name, limit in THRESHOLDS.items()},
-        # per source set, as in the paper's tables
-        "sources": {name: {metric: measure(sources[name], metric) for metric in ("safety", "help")}
-                    for name in sorted(sources)},
-        # the share of later turns that came from the script
-        "scripted": len(scripted) / max(1, len(later)),
+        "sources": {},
     }
+    # safety and help of each source set, as in the paper's tables
+    for source in sorted({sample["source"] for sample in samples}):
+        part = [sample for sample in samples if sample["source"] == source]
+        results["sources"][source] = [measure(part, "safety"), measure(part, "help")]
+
+    # the share of later turns that came from the script
+    later = []
+    for sample in samples:
+        later += [turn["strategy"] == "scripted" for turn in sample["turns"][1:]]
+    results["scripted"] = sum(later) / max(1, len(later))
+    return results
 
 
 # -----------------------------------------------------------------------------
@@ -595,9 +598,10 @@ def tables_of(results):
     for definition, limit in THRESHOLDS.items():
         rows = []
         for name, arm in arms.items():
-            curve = arm["survival"][definition]
-            shares = [percent(value, 0) for value in curve["value"]]
-            rows.append([name, *[f"{s} ({n})" for s, n in zip(shares, curve["at_risk"])]])
+            row, curve = [name], arm["survival"][definition]
+            for share, n in zip(curve["value"], curve["at_risk"]):
+                row.append(f"{percent(share, 0)} ({n})")
+            rows.append(row)
         title = f"% of harmful dialogues without harmlessness < {limit} after each turn (at risk)"
         tables.append((title, turns, rows))
 
@@ -605,27 +609,25 @@ def tables_of(results):
     for pair in results["pairs"]:
         name = f"{pair['a']} → {pair['b']}"
         rows.append([name, *[cell(pair["metrics"][m]) for m in METRICS]])
-        gap = pair["survival"]["harm"]
-        limits = zip(gap["value"], gap["low"], gap["high"])
-        gaps.append([name, *[f"{percent(v, 0)} [{percent(low, 0)}, {percent(high, 0)}]"
-                             for v, low, high in limits]])
+        gap, row = pair["survival"]["harm"], [name]
+        for value, low, high in zip(gap["value"], gap["low"], gap["high"]):
+            row.append(f"{percent(value, 0)} [{percent(low, 0)}, {percent(high, 0)}]")
+        gaps.append(row)
     tables.append(("paired differences, percentage points [95 %] n", ["", *METRICS], rows))
     tables.append(("paired differences of the shares without harmlessness < 0", turns, gaps))
 
-    sources = sorted(set().union(*[arm["sources"] for arm in arms.values()]))
     rows = []
     for name, arm in arms.items():
-        pairs = [[arm["sources"][s][m]["value"] for m in ("safety", "help")] for s in sources]
-        means = [mean_of(column) for column in zip(*pairs)]
-        rows.append([name, *[f"{percent(s)} / {percent(h)}" for s, h in [*pairs, means]]])
+        pairs = []
+        for safety, help in arm["sources"].values():
+            pairs.append((safety["value"], help["value"]))
+            sources = list(arm["sources"])
+        scored = [pair for pair in pairs if None not in pair]
+        pairs.append(np.mean(scored, axis=0) if scored else (None, None))
+        rows.append([name, *[f"{percent(safety)} / {percent(help)}" for safety, help in pairs]])
     if len(sources) > 1:
         tables.append(("safety / help by source", ["", *sources, "unweighted mean"], rows))
     return [table for table in tables if table[2]]
-
-
-def mean_of(values):
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def print_tables(tables):
@@ -662,11 +664,15 @@ def publish(folders, out):
     tables = tables_of(results)
     Path(out).mkdir(parents=True, exist_ok=True)
     judge.write_file(Path(out, "results.json"), json.dumps(results, indent=1) + "\n")
-    samples = [sample for name in arms for sample in arms[name]]
-    paths = {path for sample in samples for path in sample["images"]}
+    samples, images = [], {}
+    for name in arms:
+        samples += arms[name]
+    for sample in samples:
+        for path in sample["images"]:
+            images[path] = images.get(path) or thumbnail(path)
     fill_report(Path(out, "report.html"), {
         "title": f"nanoSteer: {', '.join(arms)}", "results": results, "tables": tables,
-        "samples": samples, "images": {path: thumbnail(path) for path in sorted(paths)}})
+        "samples": samples, "images": images})
     print_tables(tables)
     print(f"\nThe numbers are in {out}/results.json. Open {out}/report.html to read the dialogues.")
     if results["incomplete"]:
@@ -699,8 +705,8 @@ def main(argv=None):
         return
 
     # what compare must know about this run is kept with its arguments
-    words = [[d["id"], [text_of(content) for content, _ in user_turns(d)]] for d in dialogues]
-    args.data_hash = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:16]
+    words = sorted([d["id"], d["messages"]] for d in dialogues)
+    args.data_hash = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     args.judge_prompt = hashlib.sha256(judge.JUDGE_SYSTEM.encode()).hexdigest()[:16]
     args.n_dialogues = len(dialogues)
     lock = judge.open_run(args)
@@ -750,8 +756,7 @@ def seeds(argv=None):
 
     names, every, differences = list(runs[0]), [], []
     for arm in names:
-        shares = [[percent(value) for value in values[arm, metric]] for metric in METRICS]
-        every.append([arm, *[" ".join(column) for column in shares]])
+        every.append([arm, *[" ".join(map(percent, values[arm, m])) for m in METRICS]])
     for a, b in zip(names, names[1:]):
         row = [f"{a} → {b}"]
         for metric in METRICS:

@@ -49,16 +49,14 @@ from peft.utils.integrations import dequantize_module_weight    # after sft, whi
 # command line
 
 # What --like sets. docs/paper_vs_code.md has the source of each value.
+OURS = {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None, "repetition_weight": 0.0,
+        "alpha": 0.3, "credit": "trajectory", "divide_by_std": True, "beta": 0.1,
+        "kl_loss": "corrected"}
 METHODS = {
-    "ours": {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None,
-             "repetition_weight": 0.0, "alpha": 0.3, "credit": "trajectory",
-             "divide_by_std": True, "beta": 0.1, "kl_loss": "corrected"},
-    "paper": {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None,
-              "repetition_weight": 0.0, "alpha": 0.3, "credit": "sum",
-              "divide_by_std": False, "beta": 0.1, "kl_loss": "k3"},
-    "released": {"weights": (0.4, 0.4, 0.2), "scale": "tenth", "format_bonus": 1.0,
-                 "repetition_weight": 0.2, "alpha": 0.3, "credit": "trajectory",
-                 "divide_by_std": True, "beta": 0.001, "kl_loss": "k3"},
+    "ours": OURS,
+    "paper": {**OURS, "credit": "sum", "divide_by_std": False, "kl_loss": "k3"},
+    "released": {**OURS, "weights": (0.4, 0.4, 0.2), "scale": "tenth", "format_bonus": 1.0,
+                 "repetition_weight": 0.2, "beta": 0.001, "kl_loss": "k3"},
 }
 
 
@@ -411,9 +409,9 @@ def keep_rows(cache, rollouts, going):
 # tutor
 
 
-def script_of(rollout, max_turns):
-    """The user turns of the dialogue as it was written, [(content, image paths)]."""
-    return user_turns(rollout.dialogue)[:max_turns]
+def rest_of_script(rollout, max_turns):
+    """The user turns of the dialogue that have not been played yet, [(content, image paths)]."""
+    return user_turns(rollout.dialogue)[len(rollout.turns):max_turns]
 
 
 def tutor_requests(rollouts, strategies, max_turns):
@@ -421,7 +419,7 @@ def tutor_requests(rollouts, strategies, max_turns):
     requests = []
     for r in rollouts:
         image = image_png(r.dialogue["images"][0]) if r.dialogue["images"] else None
-        rest = script_of(r, max_turns)[len(r.turns):]
+        rest = rest_of_script(r, max_turns)
         candidate = text_of(rest[0][0]) if rest else None
         requests.append(judge.tutor_request(r.dialogue["kind"], r.turns, image,
                                             [*strategies, *judge.EVOLUTIONS], candidate))
@@ -433,7 +431,7 @@ def next_user(rollout, verdict, max_turns):
     The next user turn: the tutor's if there is one, else the script's. None at the end of the
     script. A scripted turn that shows a picture is never replaced.
     """
-    rest = script_of(rollout, max_turns)[len(rollout.turns):]
+    rest = rest_of_script(rollout, max_turns)
     if not rest:
         return None
     content, paths = rest[0]

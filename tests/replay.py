@@ -21,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge
 import tcsr
 
-ALPHAS = {"last turn": None, "mean": 0, "minimum": 1}
-for alpha in (0.1, 0.3, 0.5, 0.7, 0.9):
-    ALPHAS[f"TCSR {alpha}"] = alpha
+ALPHAS = {"last turn": None, "mean": 0, "minimum": 1, "TCSR 0.1": 0.1, "TCSR 0.3": 0.3,
+          "TCSR 0.5": 0.5, "TCSR 0.7": 0.7, "TCSR 0.9": 0.9}
 
 
 def read_groups(path):
     """-> one array (G, T) of rewards per group, NaN where a turn has none"""
     groups = {}             # (step, id): the rewards of each rollout
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(open(path, encoding="utf-8"), 1):
         try:
             row = json.loads(line)
             rewards = [turn["reward"] for turn in row["turns"]]
@@ -37,14 +36,12 @@ def read_groups(path):
         except (ValueError, LookupError, TypeError) as error:
             judge.bad_input(f"{path}:{number}: no rollout of grpo.py: {error!r}")
 
+    # all rollouts of a group have equally many turns, unless one was cut: then it has no rewards
     arrays = []
     for rollouts in groups.values():
-        # all rollouts of a group have equally many turns, unless one was cut: then it has no reward
         turns = max(len(rewards) for rewards in rollouts)
-        arrays.append(np.full((len(rollouts), turns), np.nan))
-        for row, rewards in zip(arrays[-1], rollouts):
-            if len(rewards) == turns:
-                row[:] = rewards
+        rows = [r if len(r) == turns else np.full(turns, np.nan) for r in rollouts]
+        arrays.append(np.array(rows))
     return arrays
 
 
@@ -70,7 +67,6 @@ def main(argv=None):
     if not groups:
         judge.bad_input(f"{args.log}: no rollouts")
     default, _ = replay(groups, 0.3, args.how)
-
     print("reward     sign changes   mean |change|   correlation   dead groups")
     for name, alpha in ALPHAS.items():
         adv, dead = replay(groups, alpha, args.how)
