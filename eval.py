@@ -41,8 +41,7 @@ from tqdm import tqdm
 import judge
 from grpo import Rollout, dense_copy, merge_adapter, next_user, rollout, tutor_requests
 from sft import encode_images, load_adapter, load_student, system_of
-from synth import (append_jsonl, image_png, parts_of, read_dialogues, text_of, user_turns,
-                   write_jsonl)
+from synth import image_png, parts_of, read_dialogues, text_of, user_turns
 
 MAX_TURNS = 10
 HARMFUL = ("red_team", "obfuscated")
@@ -726,8 +725,8 @@ def main(argv=None):
         play = play or (served_student(args) if args.endpoint else local_student(args))
         rollouts = [r for r in play(batch, attacker) if r.dialogue["id"] in missing]
         for sample in judge_rollouts(ask, rollouts, args):
-            append_jsonl(path, sample)
-    write_jsonl(path, sorted(judge.read_log(path), key=lambda sample: sample["id"]))
+            judge.append_jsonl(path, sample)
+    judge.write_jsonl(path, sorted(judge.read_log(path), key=lambda sample: sample["id"]))
     lock.close()
     publish([args.out], args.out)
 

@@ -553,6 +553,15 @@ def write_file(path, text):
     temporary.replace(path)
 
 
+def write_jsonl(path, rows):
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path, row):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def read_log(path, keep=None):
     """
     The records of a JSONL file that a script appends to, before it goes on. A last line that a kill

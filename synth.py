@@ -219,9 +219,9 @@ def check_dialogue(record, folder):
 
     for name in ("id", "seed_id"):
         need(isinstance(record.get(name), str) and record[name], f"{name}: missing or no string")
-    for name in ("category", "strategy", "split", "source"):
-        need(isinstance(record.get(name, ""), str), f"{name}: no string")
     need(record.get("kind") in KINDS, f"kind: must be one of {', '.join(KINDS)}")
+    split = record.get("split") or SPLITS[0]
+    need(split in SPLITS, f"split: must be one of {', '.join(SPLITS)}")
 
     # user and assistant alternate if there are replies; static dialogues have user turns only
     messages = record.get("messages")
@@ -258,12 +258,25 @@ def check_dialogue(record, folder):
         open_image(file)
 
 
-def read_records(paths, prepare):
+def prepare_dialogue(record, folder):
+    """Check a record, and make its image paths absolute. A seed becomes a dialogue."""
+    if not isinstance(record, dict):
+        raise ValueError("record: no JSON object")
+    json.dumps(record, ensure_ascii=False).encode()     # raises UnicodeError for half a character
+    if "messages" not in record:
+        record = seed_to_dialogue(record)
+    check_dialogue(record, folder)
+    images = [str(Path(folder, path).resolve()) for path in record.get("images", [])]
+    names = ("category", "strategy", "split", "source")
+    return {**record, **{name: str(record.get(name) or "") for name in names}, "images": images}
+
+
+def read_dialogues(paths):
     """
-    The records of JSONL files, each through prepare(record, folder), which raises ValueError for a
-    bad one. If any record is bad, the first twenty are named and the script ends with exit code 2.
+    The dialogues of JSONL files; seeds become dialogues of user turns. If any record is bad, the
+    first twenty are named by file, line and field, and the script ends with exit code 2.
     """
-    records, bad = {}, []
+    dialogues, bad = {}, []
     for path in map(Path, paths):
         if not path.is_file():              # a pipe would be waited for without end
             judge.bad_input(f"{path}: no such file")
@@ -271,43 +284,17 @@ def read_records(paths, prepare):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(record, dict):
-                    raise ValueError("record: no JSON object")
-                json.dumps(record, ensure_ascii=False).encode()     # half a character is an error
-                record = prepare(record, path.parent)
-                if record["id"] in records:
-                    raise ValueError(f"id: {record['id']} appears twice")
-                records[record["id"]] = record
+                dialogue = prepare_dialogue(json.loads(line.decode("utf-8-sig")), path.parent)
+                if dialogue["id"] in dialogues:
+                    raise ValueError(f"id: {dialogue['id']} appears twice")
+                dialogues[dialogue["id"]] = dialogue
             except (ValueError, OSError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
         judge.bad_input("\n".join(bad[:20] + [f"{len(bad)} bad records; nothing was done"]))
-    if not records:
+    if not dialogues:
         judge.bad_input(f"{', '.join(map(str, paths))}: no records")
-    return list(records.values())
-
-
-def prepare_dialogue(record, folder):
-    """A record as a dialogue with absolute image paths. Seeds become dialogues of user turns."""
-    if "messages" not in record:
-        record = seed_to_dialogue(record)
-    check_dialogue(record, folder)
-    images = [str(Path(folder, path).resolve()) for path in record.get("images", [])]
-    return {"category": "", "strategy": "", "split": "", "source": "", **record, "images": images}
-
-
-def read_dialogues(paths):
-    """Dialogues, or seeds as dialogues, of JSONL files; see read_records for bad ones."""
-    return read_records(paths, prepare_dialogue)
-
-
-def prepare_seed(record, folder):
-    dialogue = prepare_dialogue({**record, "split": ""}, folder)
-    if record.get("split", "") not in ("", *SPLITS):
-        raise ValueError(f"split: must be one of {', '.join(SPLITS)}")
-    question = " ".join(text_of(content) for content, _ in user_turns(dialogue))
-    return {**dialogue, "question": question, "split": record.get("split", "")}
+    return list(dialogues.values())
 
 
 # -----------------------------------------------------------------------------
@@ -378,46 +365,56 @@ UNUSABLE = "no usable reply"        # the only reason for which --resume asks ag
 
 
 class Agents:
-    """The back ends by role. agents(role, requests, read) counts the requests in agents.calls."""
+    """The back ends by role, and in calls how many requests each role got."""
 
     def __init__(self, args):
-        self.asks, self.calls = {}, Counter()
+        self.back_ends, self.calls = {}, Counter()
         for role in ("generator", "red", "blue", "scorer", "target"):
             spec, model = getattr(args, role), getattr(args, f"{role}_model")
             if spec:
-                self.asks[role] = judge.backend(role, spec, model, args.extra, args.concurrency)
-            elif role != "target":
-                self.asks[role] = self.asks["generator"]
+                ask = judge.backend(role, spec, model, args.extra, args.concurrency)
+            self.back_ends[role] = ask if spec else self.back_ends["generator"]
 
-    def __call__(self, role, requests, read):
+    def ask(self, role, requests, read):
+        """One batched call. -> what `read` makes of the replies, None where it could not"""
         self.calls[role] += len(requests)
-        results, _ = judge.ask_and_read(self.asks[role], requests, read)
-        return results
+        return judge.ask_and_read(self.back_ends[role], requests, read)[0]
+
+    def about(self, items, role, system, document, read, **reply):
+        """The same with one request per seed or record; document(item) is what it says."""
+        requests = [request(system, document(item), item["images"], **reply) for item in items]
+        return zip(items, self.ask(role, requests, read))
 
 
-def request(system, document, images, reply):
+def request(system, document, images, **reply):
     """A request. Back ends remember nothing, so the first picture goes along every time."""
     return {"system": system, "text": judge.as_data(document), "schema": judge.schema(**reply),
             "image": image_png(images[0]) if images else None}
 
 
-def probe_request(seed):
-    reply = {"benign": judge.text_field(), "obfuscated": judge.text_field()}
-    return request(PROBE_SYSTEM, {"question": seed["question"]}, seed["images"], reply)
+def read_field(text, name):
+    """A text in the JSON object that a role replies with, None if it is missing."""
+    return judge.read_text((judge.read_json(text) or {}).get(name))
 
 
 def read_probe(text):
-    reply = judge.read_json(text) or {}
-    rewrites = {kind: judge.read_text(reply.get(kind)) for kind in ("benign", "obfuscated")}
+    rewrites = {kind: read_field(text, kind) for kind in ("benign", "obfuscated")}
     return rewrites if all(rewrites.values()) else None
+
+
+PROBE = {"benign": judge.text_field(), "obfuscated": judge.text_field()}
+
+
+def question_of(seed):
+    return {"question": seed["question"]}
 
 
 def probe(seeds, agents):
     """Equation 7: a harmless and a disguised rewrite of each question. Sets seed["rewrites"]."""
-    harmful = [s for s in seeds if s["kind"] != "benign"]
-    rewrites = agents("generator", [probe_request(s) for s in harmful], read_probe)
-    for seed, rewrite in zip(harmful, rewrites):
-        seed["rewrites"] = rewrite
+    harmful = [seed for seed in seeds if seed["kind"] != "benign"]
+    for seed, rewrites in agents.about(harmful, "generator", PROBE_SYSTEM, question_of, read_probe,
+                                       **PROBE):
+        seed["rewrites"] = rewrites
 
 
 def plan(seed, args):
@@ -461,19 +458,19 @@ def expand(records, agents):
     Equations 8 and 9: user turns from the harmless rewrite (benign) or from the disguised one
     (obfuscated; red_team under its strategy). Sets record["template"].
     """
-    requests = []
-    for record in records:
-        seed = record["seed"]
-        question = seed["question"]
-        if seed["kind"] != "benign":
-            question = seed["rewrites"]["benign" if record["kind"] == "benign" else "obfuscated"]
-        document = {"kind": record["kind"], "question": question, "turns": record["n_turns"],
-                    "strategies": record["ways"]}
-        reply = {"turns": {"type": "array", "items": judge.text_field(), "maxItems": 10}}
-        requests.append(request(EXPAND_SYSTEM, document, record["images"], reply))
-    for record, turns in zip(records, agents("generator", requests, read_turns)):
-        record["template"] = turns
-        if turns is None:
+    def document(record):
+        question = record["seed"]["question"]
+        if record["seed"]["kind"] != "benign":
+            rewrite = "benign" if record["kind"] == "benign" else "obfuscated"
+            question = record["seed"]["rewrites"][rewrite]
+        return {"kind": record["kind"], "question": question, "turns": record["n_turns"],
+                "strategies": record["ways"]}
+
+    turns = {"type": "array", "items": judge.text_field(), "maxItems": 10}
+    for record, template in agents.about(records, "generator", EXPAND_SYSTEM, document, read_turns,
+                                         turns=turns):
+        record["template"] = template
+        if template is None:
             record["dropped"] = UNUSABLE
 
 
@@ -500,11 +497,11 @@ def succeeds(records, agents):
 
 
 def read_user(text):
-    return judge.read_text((judge.read_json(text) or {}).get("user"))
+    return read_field(text, "user")
 
 
 def read_reply(text):
-    return judge.read_text((judge.read_json(text) or {}).get("reply"))
+    return read_field(text, "reply")
 
 
 def read_blue(text):
@@ -515,28 +512,27 @@ def read_blue(text):
 
 def red(records, t, agents):
     """Equation 12: rewrite template turn t of each record in the light of its dialogue so far."""
-    requests = []
-    for record in records:
-        document = {"kind": record["kind"], "strategies": record["ways"],
-                    "dialogue": record["turns"], "template": record["template"][t]}
-        reply = {"user": judge.text_field()}
-        requests.append(request(RED_SYSTEM, document, record["images"], reply))
-    for record, user in zip(records, agents("red", requests, read_user)):
+    def document(record):
+        return {"kind": record["kind"], "strategies": record["ways"],
+                "dialogue": record["turns"], "template": record["template"][t]}
+
+    for record, user in agents.about(records, "red", RED_SYSTEM, document, read_user,
+                                     user=judge.text_field()):
+        record["turns"].append({"user": user})
         if user is None:
             record["dropped"] = UNUSABLE
-        record["turns"].append({"user": user})
 
 
 def answer(records, role, system, read, agents):
     """A model answers the last user turn of each record."""
-    requests = []
-    for record in records:
-        reply = {"reply": judge.text_field(4000)}
-        requests.append(request(system, {"dialogue": record["turns"]}, record["images"], reply))
-    for record, text in zip(records, agents(role, requests, read)):
-        if text is None:
+    def document(record):
+        return {"dialogue": record["turns"]}
+
+    for record, reply in agents.about(records, role, system, document, read,
+                                      reply=judge.text_field(4000)):
+        record["turns"][-1]["assistant"] = reply
+        if reply is None:
             record["dropped"] = UNUSABLE
-        record["turns"][-1]["assistant"] = text
 
 
 def blue(records, agents):
@@ -556,7 +552,7 @@ def score(records, agents):
             requests.append(judge.tutor_request(record["kind"], record["turns"][:t + 1], image,
                                                 judge.EVOLUTIONS, None))
             owners.append(record)
-    for record, verdict in zip(owners, agents("scorer", requests, judge.read_tutor)):
+    for record, verdict in zip(owners, agents.ask("scorer", requests, judge.read_tutor)):
         record["verdicts"].append(verdict)
         if verdict is None:
             record["dropped"] = "a score is missing"
@@ -655,19 +651,15 @@ def write_splits(out):
 
     for split in SPLITS:
         rows = [d for d in dialogues if d["split"] == split and d["id"] not in again]
-        write_jsonl(out / f"{split}.jsonl", rows)
+        judge.write_jsonl(out / f"{split}.jsonl", rows)
         kinds = Counter(d["kind"] for d in rows)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS)
         turns = sum(len(user_turns(d)) for d in rows)
         print(f"{split}.jsonl: {len(rows)} dialogues ({counts}), {turns} turns")
-    write_jsonl(out / "dropped.jsonl", sorted(dropped, key=lambda row: row["id"]))
+    judge.write_jsonl(out / "dropped.jsonl", sorted(dropped, key=lambda row: row["id"]))
     reasons = Counter((row["kind"], row["why"]) for row in dropped)
     for (kind, why), n in sorted(reasons.items()):
         print(f"dropped {n} {kind}: {why}")
-
-
-def write_jsonl(path, rows):
-    judge.write_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def main(argv=None):
@@ -675,7 +667,9 @@ def main(argv=None):
     if sum(args.splits) <= 0:
         judge.bad_input("--splits: at least one share must be above 0")
     agents = Agents(args)
-    seeds = read_records(args.seeds, prepare_seed)
+    seeds = read_dialogues(args.seeds)
+    for seed in seeds:
+        seed["question"] = " ".join(text_of(content) for content, _ in user_turns(seed))
     split_seeds(seeds, args.splits, args.seed)
 
     # one call per harmful seed and per dialogue, and three per SFT turn: red, blue and scorer
@@ -686,8 +680,8 @@ def main(argv=None):
         n_turns += sum(r["n_turns"] for r in records if r["split"] == "sft")
     n_calls = sum(s["kind"] != "benign" for s in seeds) + n_dialogues + 3 * n_turns
     print(f"{len(seeds)} seeds, {n_dialogues} dialogues planned with {n_turns} SFT turns")
-    requests = [probe_request(seed) for seed in seeds[:3]]
-    judge.preflight("generator", agents.asks["generator"], requests, read_probe, n_calls)
+    requests = [request(PROBE_SYSTEM, question_of(s), s["images"], **PROBE) for s in seeds[:3]]
+    judge.preflight("generator", agents.back_ends["generator"], requests, read_probe, n_calls)
     if args.dry_run:
         return
 
@@ -706,19 +700,14 @@ def main(argv=None):
                 failed += 1
             elif record["dropped"]:
                 row = {"id": record["id"], "kind": record["kind"], "why": record["dropped"]}
-                append_jsonl(out / "dropped.jsonl", row)
+                judge.append_jsonl(out / "dropped.jsonl", row)
             else:
-                append_jsonl(out / f"{record['split']}.jsonl", dialogue_of(record, args))
+                judge.append_jsonl(out / f"{record['split']}.jsonl", dialogue_of(record, args))
     write_splits(out)
     print("requests: " + ", ".join(f"{n} {role}" for role, n in sorted(agents.calls.items())))
     lock.close()
     if failed:
         raise SystemExit(f"{failed} dialogues failed: {UNUSABLE}; --resume asks again")
-
-
-def append_jsonl(path, row):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
