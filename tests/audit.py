@@ -50,7 +50,7 @@ def main():
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("folder", help="a folder with sft.jsonl, rl.jsonl and bench.jsonl")
-    parser.add_argument("--limit", type=int, default=500, help="500 unless given; all pairs are compared")
+    parser.add_argument("--limit", type=int, default=500, help="default 500; it compares all pairs")
     args = parser.parse_args()
     splits = {}
     for name in synth.SPLITS:

@@ -9,31 +9,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import grpo
-import judge
 import sft
 import synth
 import tcsr
 from conftest import HOSTILE, dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
 
-
-def keys_of(dialogues, step=0):
-    return [(0, step, d["id"], n) for n, d in enumerate(dialogues)]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
 def images_of(student, dialogues):
     return sft.encode_images(student, [path for d in dialogues for path in d["images"]])
 
 
-def play(student, dialogues, *flags, lm=None, keys=None, tutor=scripted, temperature=None):
+def keys_of(dialogues):
+    return [(0, 0, d["id"], n) for n, d in enumerate(dialogues)]
+
+
+def play(student, dialogues, *flags, lm=None, keys=None, tutor=scripted, temperature=1.0):
     """rollout(), by default with the student's own language model and the written user turns."""
     args = grpo_args(*flags)
-    args.temperature = args.temperature if temperature is None else temperature
-    lm = lm or student.base.model.language_model
-    return grpo.rollout(student, lm, dialogues, keys or keys_of(dialogues), tutor,
-                        images_of(student, dialogues), args)
+    args.temperature = temperature
+    return grpo.rollout(student, lm or student.base.model.language_model, dialogues,
+                        keys or keys_of(dialogues), tutor, images_of(student, dialogues), args)
 
 
 def said(rollout, turn=None):
@@ -41,22 +40,25 @@ def said(rollout, turn=None):
     return [i for i, t in zip(rollout.ids, rollout.turn_id) if t >= 0 and turn in (None, t)]
 
 
-def lively(student):
-    """A bias on <|im_end|>, so that some replies end by themselves."""
+def assert_logps(logps, rollouts):
+    """The sampler's log-probabilities are these."""
+    sampled = torch.tensor([logp for r in rollouts for logp in r.logps])
+    torch.testing.assert_close(logps.detach(), sampled, atol=1e-4, rtol=0)
+
+
+def biased(student, ids, size):
+    """Add `size` to the logits of some ids."""
     bias = torch.zeros(len(student.allowed))
-    bias[student.end] = 5.0
+    bias[list(ids)] = size
     student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     return student
-
-
-def all_logps(rollouts):
-    return torch.tensor([logp for r in rollouts for logp in r.logps])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fp32", "nf4"])
 def actor(request, fresh):
     """A student whose policy has left its reference, and the dense copy to sample from."""
-    student = lively(fresh(request.param))
+    student = fresh(request.param)
+    biased(student, [student.end], 5.0)         # some replies end by themselves
     shake(student, 0.03, seed=5)
     student.base.activation_checkpointing_enable({"use_reentrant": False})
     dense = grpo.dense_copy(student)
@@ -64,13 +66,11 @@ def actor(request, fresh):
     return student, dense
 
 
-# -----------------------------------------------------------------------------
-# tokens
-
+# ---------------------------------------------------------------- tokens
 
 def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):  # traps 4, 5
     student, dense = actor
-    real, sampled = grpo.sample, []
+    real, sampled, ends = grpo.sample, [], set()
 
     def recording(*args):
         tokens = real(*args)
@@ -78,26 +78,20 @@ def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):
         return tokens
 
     monkeypatch.setattr(grpo, "sample", recording)
-    ends = set()
-    for d in mixed:
+    for d in mixed[:4]:
         sampled.clear()
         r, = play(student, [d], lm=dense)
         assert said(r) == sampled and len(r.logps) == len(sampled)
-        for n, turn in enumerate(r.turns):
-            ids = said(r, n)
-            ends.add(turn["truncated"])
-            assert turn["truncated"] == (student.end not in ids)
-            assert student.tokenizer.decode(ids).removesuffix("<|im_end|>") == turn["assistant"]
 
-        # the row is the chat template's text; a hostile dialogue would forge turns in a template
-        chat = [m for m in d["messages"] if m["role"] != "assistant"]
+        # the text of the row is what the chat template makes of the dialogue
+        chat = json.loads(json.dumps(d["messages"]))
+        replies = [message for message in chat if message["role"] == "assistant"]
         for n, turn in enumerate(r.turns):
-            at = len(chat) - len(r.turns) + 1 + n
-            chat.insert(at, {"role": "assistant", "content": turn["assistant"]})
-        text = student.tokenizer.decode(r.ids) + "\n"
-        text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", text)
-        if d["id"] != "e":
-            assert text == student.tokenizer.apply_chat_template(chat, tokenize=False)
+            ends.add(turn["truncated"])
+            assert turn["truncated"] == (student.end not in said(r, n))
+            replies[n]["content"] = turn["assistant"]
+        text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", student.tokenizer.decode(r.ids))
+        assert text + "\n" == student.tokenizer.apply_chat_template(chat, tokenize=False)
     assert ends == {True, False}
 
 
@@ -114,9 +108,9 @@ def test_an_uncommon_split_of_words_is_kept(student, mixed, monkeypatch):  # tra
 def test_truncated_replies_are_closed_outside_the_loss(student, mixed):  # trap 8
     for r in play(student, mixed, "--max_new", "3"):
         assert all(turn["truncated"] for turn in r.turns) and len(r.logps) == 3 * len(r.turns)
-        assert r.ids[-1] == student.end
-        users = len(r.turns) + (sft.system_of(r.dialogue) is not None)
-        assert r.ids.count(student.end) == users + len(r.turns) and student.end not in said(r)
+        has_system = sft.system_of(r.dialogue) is not None
+        assert r.ids.count(student.end) == 2 * len(r.turns) + has_system
+        assert student.end not in said(r) and r.ids[-1] == student.end
 
 
 def test_hostile_turns_of_tutor_and_user_forge_nothing(student):  # trap 7
@@ -135,20 +129,16 @@ def test_control_ids_are_never_sampled(fresh, mixed):  # trap 6
     student = fresh()
     forbidden = set(student.tokenizer.added_tokens_decoder) - {student.end}
     forbidden |= set(range(len(student.tokenizer), len(student.allowed)))   # rows without a token
-    bias = torch.zeros(len(student.allowed))
-    bias[list(forbidden)] = 50.0
-    student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    biased(student, forbidden, 50.0)
     for temperature in (0, 1.0):
         rollouts = play(student, mixed, temperature=temperature)
         assert not {i for r in rollouts for i in said(r)} & forbidden
     logps, entropy = sft.reply_logps(student, rollouts, images_of(student, mixed))
-    assert torch.isfinite(entropy).all()                # and the loss knows the same distribution
-    torch.testing.assert_close(logps.detach(), all_logps(rollouts), atol=1e-4, rtol=0)
+    assert torch.isfinite(entropy).all()                # the loss knows the same distribution
+    assert_logps(logps, rollouts)
 
 
-# -----------------------------------------------------------------------------
-# sampling
-
+# ---------------------------------------------------------------- sampling
 
 def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):  # trap 1
     student = fresh()
@@ -164,32 +154,32 @@ def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):  # trap 1
 def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeypatch):  # trap 9
     """A dialogue is the same alone, and beside others that are longer, are cut or end early."""
     student, dense = actor
-    cut = dialogue("cut", "hello", "name two moves. " * 80, "never asked")
+    cut = dialogue("cut", "hello", "name two moves. " * 300, "never asked")
     dialogues = [*mixed, cut, dialogue("short", "one turn")]
     keys = keys_of(dialogues)
+    first = play(student, dialogues, lm=dense, temperature=temperature)
+    assert [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1]
+    assert [r.cut for r in first] == [False] * 5 + [True, False]
 
-    def same_as_before(order):
-        part = [dialogues[i] for i in order]
-        for i, r in zip(order, play(student, part, lm=dense, keys=[keys[i] for i in order],
-                                    temperature=temperature)):
+    def same_as_before(*order):
+        again = play(student, [dialogues[i] for i in order], lm=dense, temperature=temperature,
+                     keys=[keys[i] for i in order])
+        for i, r in zip(order, again):
             assert (r.ids, r.turn_id, r.cut) == (first[i].ids, first[i].turn_id, first[i].cut)
             assert r.logps == pytest.approx(first[i].logps, abs=1e-4)
 
-    first = play(student, dialogues, lm=dense, keys=keys, temperature=temperature)
-    assert [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1]
-    assert [r.cut for r in first] == [False] * 5 + [True, False]
-    same_as_before([6, 3, 5, 1])
+    same_as_before(6, 3, 5, 1)
     for i in range(7):
-        same_as_before([i])
+        same_as_before(i)
 
     # a decode step that is recorded on a GPU reads more columns than are in use
     place = grpo.KVCache.place
     monkeypatch.setattr(grpo.KVCache, "place", lambda cache, columns, width: place(
         cache, columns, cache.keys[0].shape[2]))
-    same_as_before(range(7))
+    same_as_before(*range(7))
 
 
-@pytest.mark.xfail(strict=True, reason="pack() pads a short turn beyond the end of the cache")
+@pytest.mark.xfail(strict=True, reason="the columns of padding lie behind the end of the cache")
 def test_a_long_dialogue_beside_a_long_turn(student):  # trap 14
     long = "name two moves. " * 90
     a, b = play(student, [dialogue("a", "hello", long), dialogue("b", long, "ok")])
@@ -217,21 +207,19 @@ def test_the_sampler_draws_from_the_softmax():
     assert grpo.sample(logits[None], uniform[:1], 0) == 4       # greedy
 
 
-# -----------------------------------------------------------------------------
-# log-probabilities, and the dense copy
-
+# ---------------------------------------------------------------- log-probabilities
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_rollout_logps_equal_training_and_naive_logps(actor, mixed, temperature):  # traps 3, 28, 34
     student, dense = actor
-    student.model.train()
     for lm in (dense, None):
         rollouts = play(student, mixed, lm=lm, temperature=temperature)
-        training, _ = sft.reply_logps(student, rollouts, images_of(student, mixed), temperature)
-        torch.testing.assert_close(training.detach(), all_logps(rollouts), atol=1e-4, rtol=0)
+        student.model.train()
+        logps, _ = sft.reply_logps(student, rollouts, images_of(student, mixed), temperature)
+        assert_logps(logps, rollouts)
     with torch.no_grad():
         naive = [logp for r in rollouts for logp in naive_logps(student, r, temperature)]
-    torch.testing.assert_close(torch.stack(naive), all_logps(rollouts), atol=1e-4, rtol=0)
+    assert_logps(torch.stack(naive), rollouts)
 
 
 def test_greedy_rollout_equals_a_fresh_forward_per_turn(actor, mixed):  # traps 2, 10
@@ -240,12 +228,10 @@ def test_greedy_rollout_equals_a_fresh_forward_per_turn(actor, mixed):  # traps 
     for r in play(student, mixed, lm=dense, temperature=0):
         for n in range(len(r.turns)):
             end = len(r.ids) - r.turn_id[::-1].index(n)         # behind the last token of turn n
-            ids = r.ids[:end]
-            n_images = ids.count(student.seams["image_start"][0])
+            n_images = r.ids[:end].count(student.seams["image_start"][0])
             with torch.no_grad():
-                logits = naive_logits(student, ids, r.images[:n_images])
-            length = len(said(r, n))
-            logits = logits[end - length - 1:end - 1]
+                logits = naive_logits(student, r.ids[:end], r.images[:n_images])
+            logits = logits[end - len(said(r, n)) - 1:end - 1]
             picked = logits.gather(-1, torch.tensor(said(r, n))[:, None])[:, 0]
             assert (picked >= logits.amax(-1) - 1e-4).all()
 
@@ -261,13 +247,11 @@ def test_merge_adapter_adds_up_no_rounding(actor):  # trap 34
     torch.testing.assert_close(dense.layers[1].mlp.down_proj(x), source(x), atol=1e-5, rtol=1e-4)
 
 
-# -----------------------------------------------------------------------------
-# dialogues that do not fit
-
+# ---------------------------------------------------------------- dialogues that do not fit
 
 def test_a_turn_that_does_not_fit_ends_only_its_own_dialogue(student, mixed):  # trap 14
     whole, other = play(student, [mixed[3], mixed[0]])
-    cut, same = play(student, [mixed[3], mixed[0]], "--max_tokens", "70")
+    cut, same = play(student, [mixed[3], mixed[0]], "--max_tokens", str(len(other.ids)))
     assert len(whole.turns) == 3 and len(cut.turns) == 1 and cut.cut and not whole.cut
     assert cut.ids == whole.ids[:len(cut.ids)] and cut.ids[-1] == student.end
     assert not cut.images and not cut.grids and student.pad not in cut.ids  # its pictures go too
@@ -276,28 +260,26 @@ def test_a_turn_that_does_not_fit_ends_only_its_own_dialogue(student, mixed):  #
 
 @pytest.mark.xfail(strict=True, reason="collate() cannot take a batch of nothing but empty rows")
 def test_a_first_turn_that_does_not_fit_leaves_the_others_to_be_trained(student, mixed):  # trap 14
-    rollouts = play(student, [dialogue("x", "name two moves. " * 300), mixed[0]])
+    dialogues = [dialogue("x", "name two moves. " * 300), mixed[0]]
+    rollouts = play(student, dialogues)
     assert [r.cut for r in rollouts] == [True, False] and not rollouts[0].turns
-    optimizer = Recorder(student)
-    stats = grpo.update(student, rollouts, np.eye(2), images_of(student, mixed),
-                        grpo_args("--group", "2"), optimizer)
-    assert stats["healthy"] and optimizer.gradient.norm() > 0
+    gradient, _ = gradient_of((student, rollouts, np.eye(2), images_of(student, dialogues)))
+    assert gradient.norm() > 0
 
 
 def group_of(*rows):
-    """Rollouts of one group, by their rewards; "cut" ends a row."""
+    """reward_table() of one group, by its rewards; "cut" ends a row."""
     rollouts = []
     for row in rows:
         turns = [{"reward": reward} for reward in row if reward != "cut"]
         rollouts.append(grpo.Rollout(turns=turns, cut="cut" in row))
-    return rollouts
+    return grpo.reward_table(rollouts, len(rows))
 
 
 @pytest.mark.parametrize("how", ["trajectory", "turn", "sum"])
 def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
     def advantages(*rows):
-        rewards, mask = grpo.reward_table(group_of(*rows), len(rows))
-        return tcsr.advantages(rewards, mask, how=how)[0][0]
+        return tcsr.advantages(*group_of(*rows), how=how)[0][0]
 
     fails = (1, 1, 1, 0, 0)
     assert not advantages(fails, fails, fails, (1, 1, 1, "cut")).any()
@@ -307,53 +289,34 @@ def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
     np.testing.assert_allclose(adv[:3], advantages(*siblings))              # they do not change
 
 
-def test_a_missing_reward_is_nan_and_never_0():  # trap 25
-    rewards, mask = grpo.reward_table(group_of((1, None), (0, 1)), 2)
+def test_a_missing_reward_is_never_0():  # trap 25
+    rewards, mask = group_of((1, None), (0, 1))
     assert np.isnan(rewards[0, 0, 1]) and mask.all() and rewards[0, 1].tolist() == [0, 1]
 
 
-# -----------------------------------------------------------------------------
-# the update
-
-
-class Recorder:
-    """An optimizer that keeps the gradient it is given, and steps nowhere."""
-
-    def __init__(self, student):
-        parameters = [p for n, p in student.model.named_parameters() if ".policy." in n]
-        self.param_groups = [{"params": parameters}]
-
-    def read(self):
-        return torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]])
-
-    def step(self):
-        self.gradient = self.read()
-
-    def zero_grad(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
-
+# ---------------------------------------------------------------- the update
 
 @pytest.fixture(scope="module")
 def played(fresh, mixed):
     """
-    Four groups of two: a learner, rollouts, advantages per turn and features. The third group has
-    no advantage. The sampler's log-probabilities are moved, so that ratios differ and some clip.
+    A learner, three groups of two, advantages per turn, and features. The last group has no
+    advantage. The sampler's log-probabilities are moved, so that ratios differ and some clip.
     """
-    student = lively(fresh())
+    student = fresh()
+    biased(student, [student.end], 5.0)
     shake(student, 0.02, seed=7)
-    rollouts = play(student, [d for d in mixed[:4] for _ in range(2)])
+    rollouts = play(student, [d for d in mixed[1:4] for _ in range(2)])
     rng = random.Random(3)
     for r in rollouts:
         r.logps = [logp + rng.gauss(0, 0.2) for logp in r.logps]
-    adv = np.random.default_rng(3).normal(size=(8, 4))
-    adv[4:6] = 0
+    adv = np.random.default_rng(3).normal(size=(6, 4))
+    adv[4:] = 0
     return student, rollouts, adv, images_of(student, mixed)
 
 
 def naive_update(student, rollouts, adv, args):
-    """The loss of update()'s docstring, a token at a time in float64; the gradient is left."""
-    policy, kl_losses, k3s, clips, mismatches = [], [], [], [], []
+    """The loss of update()'s docstring, a token at a time in float64. -> gradient, statistics"""
+    policy, kl_loss, k3s, clips, mismatches = [], [], [], [], []
     for n, r in enumerate(rollouts):
         sft.use_adapter(student, "reference")
         with torch.no_grad():
@@ -361,32 +324,37 @@ def naive_update(student, rollouts, adv, args):
         sft.use_adapter(student, "policy")
         logps = naive_logps(student, r, args.temperature)
         turns = [turn for turn in r.turn_id if turn >= 0]
-        first = n - n % args.group
-        live = adv[first:first + args.group].any()
         for logp, ref, old, turn in zip(logps, reference, r.logps, turns):
             ratio = torch.exp(logp.double() - old)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-            if live:
+            if n < 4:                                   # the last group leaves the policy gradient
                 policy.append(-torch.min(ratio * adv[n, turn], clipped * adv[n, turn]))
             d = ref.double() - logp.double()
             k3 = torch.exp(d) - d - 1
-            kl_losses.append(k3 * ratio if args.kl_loss == "corrected" else k3)
+            kl_loss.append(k3 * ratio if args.kl_loss == "corrected" else k3)
             k3s.append(k3.item())
             clips.append(float(clipped != ratio))
             mismatches.append(abs(logp.item() - old))
-    loss = sum(policy) / len(policy) + args.beta * sum(kl_losses) / len(kl_losses)
-    loss.backward()
-    return {"loss": loss.item(), "kl": np.mean(k3s), "clip": np.mean(clips),
-            "mismatch": np.mean(mismatches)}
+    loss = sum(policy) / len(policy) + args.beta * sum(kl_loss) / len(kl_loss)
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    return gradient, {"loss": loss.item(), "kl": np.mean(k3s), "clip": np.mean(clips),
+                      "mismatch": np.mean(mismatches)}
 
 
-def gradient_of(played, args, rows=range(8)):
-    """update() on some rows -> the gradient before clipping, and the statistics."""
+def gradient_of(played, *flags, rows=None):
+    """update() on some rows, without moving anything. -> gradient before clipping, statistics"""
     student, rollouts, adv, images = played
-    optimizer = Recorder(student)
-    stats = grpo.update(student, [rollouts[n] for n in rows], adv[list(rows)], images, args,
-                        optimizer)
-    return optimizer.gradient * max(1.0, stats["grad_norm"]), stats
+    rows = rows or list(range(len(rollouts)))
+    optimizer, seen = sft.adamw(student, 0.0), []
+
+    def keep(optimizer, *_):
+        seen.extend(p.grad.flatten() for p in optimizer.param_groups[0]["params"])
+
+    optimizer.register_step_pre_hook(keep)
+    stats = grpo.update(student, [rollouts[n] for n in rows], adv[rows], images,
+                        grpo_args("--group", "2", *flags), optimizer)
+    return torch.cat(seen) * max(1.0, stats["grad_norm"]), stats
 
 
 def assert_close(a, b, rel):
@@ -396,28 +364,22 @@ def assert_close(a, b, rel):
 @pytest.mark.parametrize("like, temperature", [("ours", "1.3"), ("released", "0.7")])
 def test_update_against_a_naive_loop(played, like, temperature):  # traps 24, 31
     """Ours has the corrected KL loss, the released code has k3. Micro-batches change nothing."""
-    student, rollouts, adv, _ = played
-    args = grpo_args("--like", like, "--group", "2", "--beta", "0.5", "--temperature", temperature)
-    naive_stats = naive_update(student, rollouts, adv, args)
-    optimizer = Recorder(student)
-    naive = optimizer.read()
-    optimizer.zero_grad()
-    assert naive_stats["kl"] > 1e-3 and 0.1 < naive_stats["clip"] < 0.9
-    for args.micro_tokens in (1, 200, 10 ** 6):
-        gradient, stats = gradient_of(played, args)
+    flags = ["--like", like, "--beta", "0.5", "--temperature", temperature]
+    naive, expected = naive_update(*played[:3], grpo_args(*flags))
+    assert expected["kl"] > 1e-3 and 0.1 < expected["clip"] < 0.9
+    for tokens in ("1", "200", "100000"):
+        gradient, stats = gradient_of(played, *flags, "--micro_tokens", tokens)
         assert_close(gradient, naive, 1e-4)
-        assert stats["grad_norm"] == pytest.approx(naive.norm().item(), rel=1e-4)
-        for name, value in naive_stats.items():
+        for name, value in expected.items():
             assert stats[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def test_zero_variance_groups_leave_the_policy_gradient_but_keep_their_kl(played):  # trap 24
-    args = grpo_args("--group", "2", "--beta", "0")
-    with_dead, _ = gradient_of(played, args)
-    without, _ = gradient_of(played, args, rows=(0, 1, 2, 3, 6, 7))
-    assert_close(with_dead, without, 1e-5)
-    only_dead, stats = gradient_of(played, grpo_args("--group", "2", "--beta", "0.5"), rows=(4, 5))
-    assert only_dead.norm() > 0 and stats["loss"] > 0
+    whole, _ = gradient_of(played, "--beta", "0")
+    without, _ = gradient_of(played, "--beta", "0", rows=[0, 1, 2, 3])
+    assert_close(whole, without, 1e-5)
+    only, stats = gradient_of(played, "--beta", "0.5", rows=[4, 5])
+    assert only.norm() > 0 and stats["loss"] > 0
 
 
 def test_policy_loss_by_hand():  # trap 32
@@ -438,25 +400,23 @@ def test_policy_loss_by_hand():  # trap 32
 
     # huge log-ratios give finite losses and gradients
     for far in (-120.0, 120.0):
-        for kl_loss in grpo.METHODS["ours"]["kl_loss"], "k3":
-            logps = torch.tensor([far], requires_grad=True)
-            losses = grpo.policy_loss(logps, nothing, nothing, nothing + 1, 0.2, kl_loss)
-            (losses[0] + losses[1]).sum().backward()
-            assert all(torch.isfinite(x).all() for x in (*losses, logps.grad))
+        logps = torch.tensor([far], requires_grad=True)
+        losses = grpo.policy_loss(logps, nothing, nothing, nothing + 1, 0.2, "corrected")
+        (losses[0] + losses[1]).sum().backward()
+        assert all(torch.isfinite(x).all() for x in (*losses, logps.grad))
 
 
 @pytest.mark.parametrize("kl_loss", ["corrected", "k3"])
 def test_which_divergence_each_kl_loss_descends(kl_loss):
     """Its expected gradient is exact: KL(policy||reference), and KL(reference||policy) for k3."""
     torch.manual_seed(0)
-    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    policy, ref = logits.log_softmax(-1), torch.randn(7, dtype=torch.float64).log_softmax(-1)
-    old = policy.detach()
+    logits, ref, other = torch.randn(3, 7, dtype=torch.float64).unbind()
+    policy, ref = logits.requires_grad_().log_softmax(-1), ref.log_softmax(-1)
+    p, q, old = ref, policy, policy.detach()
     if kl_loss == "corrected":                          # it is also exact for another sampler
-        old = torch.randn(7, dtype=torch.float64).log_softmax(-1)
+        p, q, old = policy, ref, other.log_softmax(-1)
     _, kl, _, _ = grpo.policy_loss(policy, old, ref, 0 * ref, 0.2, kl_loss)
     expected, = torch.autograd.grad((old.exp() * kl).sum(), logits, retain_graph=True)
-    p, q = (policy, ref) if kl_loss == "corrected" else (ref, policy)
     exact, = torch.autograd.grad((p.exp() * (p - q)).sum(), logits)
     torch.testing.assert_close(expected, exact)
 
@@ -466,9 +426,9 @@ def test_loss_and_gradient_equal_trls(kl_loss):
     """GRPOTrainer's loss with loss_type bnpo, which is a mean over tokens like ours."""
     trl = pytest.importorskip("trl", minversion="1.16")
     torch.manual_seed(1)
-    old, ref, noise = -2 * torch.rand(3, 4, 5)
+    old, ref, logps = -2 * torch.rand(3, 4, 5)
     adv, mask = torch.randn(4, 5), (torch.rand(4, 5) < 0.7).float()
-    logps = (old + 0.3 * noise).requires_grad_()
+    logps = (old + 0.3 * logps).requires_grad_()
     trainer = SimpleNamespace(
         args=SimpleNamespace(use_bias_correction_kl=kl_loss == "corrected", delta=None),
         beta=0.3, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo", top_entropy_quantile=1.0,
@@ -490,22 +450,31 @@ def test_loss_and_gradient_equal_trls(kl_loss):
 def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed, nf4):  # traps 17, 18
     student = fresh(nf4)
     rollouts, images = play(student, mixed), images_of(student, mixed)
-    reference = {n: p.clone() for n, p in student.model.named_parameters() if ".policy." not in n}
-    optimizer = sft.adamw(student, 1e-2)
-    args = grpo_args("--group", "5")
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    optimizer, args = sft.adamw(student, 1e-2), grpo_args("--group", "5")
     assert grpo.update(student, rollouts, np.ones((5, 4)), images, args, optimizer)["kl"] == 0
     assert grpo.update(student, rollouts, np.ones((5, 4)), images, args, optimizer)["kl"] > 1e-4
     for name, p in student.model.named_parameters():
         assert p.requires_grad == (".policy." in name)
-        assert name not in reference or torch.equal(p, reference[name])
+        assert p.requires_grad or torch.equal(p, before[name])
 
 
-# -----------------------------------------------------------------------------
-# tutor and reward
+# ---------------------------------------------------------------- tutor and reward
 
-GOOD = {"scores": {"safety": 10, "usefulness": 4, "faithfulness": 1}, "strategy": "deepen",
-        "next_turn": "more?"}
+SCORES = {"safety": 8, "usefulness": 6, "faithfulness": 5}
+GOOD = {"scores": SCORES, "strategy": "deepen", "next_turn": "more?"}
 REPLY = "<thinking>a</thinking><answer>b</answer>"
+
+
+def ask_tutor(rollouts, *replies):
+    """One turn of the tutor with these replies; a reply that cannot be read is given again."""
+    requests, replies = [], iter([*replies, *replies])
+
+    def ask(batch):
+        requests.extend(batch)
+        return [json.dumps(next(replies)) for _ in batch]
+
+    return ask, requests
 
 
 def answered(d, n=1):
@@ -515,42 +484,45 @@ def answered(d, n=1):
 
 
 def test_the_tutor_scores_and_writes_the_next_turn_or_the_script_goes_on(mixed):  # traps 25, 35, 38
-    incomplete = {**GOOD, "scores": {"safety": 10, "usefulness": 4}}
+    unscored = {**GOOD, "scores": {"safety": 8, "usefulness": 6}}
     declined = {**GOOD, "next_turn": "I cannot help with that."}
-    replies = iter([[GOOD, incomplete, declined, GOOD, GOOD], [incomplete]])
+    rollouts = [answered(mixed[0]), answered(mixed[1], 2), answered(mixed[2]), answered(mixed[3]),
+                answered(mixed[4], 2)]
+    replies = iter([unscored, GOOD, declined, GOOD, GOOD, unscored])    # the first is asked again
     asked = []
 
     def ask(requests):
         asked.extend(requests)
-        return [json.dumps(reply) for reply in next(replies)]
+        return [json.dumps(next(replies)) for _ in requests]
 
-    rollouts = [answered(mixed[1], 2), *(answered(d) for d in (*mixed[:1], *mixed[2:4])),
-                answered(mixed[4], 2)]
     grpo.Tutor(ask, grpo_args())(rollouts)
-    good, unscored, fallback, picture, last = rollouts
-    scripts = [synth.user_turns(r.dialogue) for r in rollouts]
+    script = [synth.user_turns(r.dialogue) for r in rollouts]
+    assert [r.user for r in rollouts] == [
+        (*script[0][1], "scripted"),                    # a score is missing
+        ("more?", [], "deepen"),                        # the tutor's turn replaces the script ..
+        (*script[2][1], "scripted"),                    # .. unless the tutor declines to play
+        (*script[3][1], "scripted"),                    # .. or the scripted turn shows a picture
+        None]                                           # the script is over
+    rewards = [r.turns[-1]["reward"] for r in rollouts]
+    assert rewards[0] is None
+    assert rewards[1:] == pytest.approx([(0.6 * 7 + 0.3 * 5 + 0.1 * 4) / 9] * 4)
 
     # the request holds the dialogue so far and the candidate for the next turn
-    document = json.loads(asked[0]["text"])
-    assert document["dialogue"] == good.turns[:0] + [
-        {"user": turn["user"], "assistant": REPLY} for turn in good.turns]
+    document = json.loads(asked[1]["text"])
     assert document["candidate"] == "and the rest?" and document["kind"] == "red_team"
+    assert [(turn["user"], turn["assistant"]) for turn in document["dialogue"]] == [
+        ("what?", REPLY), ("go on.", REPLY)]
     assert json.loads(asked[4]["text"])["candidate"] is None
-    assert asked[4]["text"].count(HOSTILE) == 0         # it is escaped, and one JSON string
-
-    assert good.user == ("more?", [], "deepen")
-    assert good.turns[1]["reward"] == pytest.approx(0.6 + 0.3 * 3 / 9)
-    assert unscored.user == (*scripts[1][1], "scripted") and unscored.turns[0]["reward"] is None
-    assert fallback.user == (*scripts[2][1], "scripted") and fallback.turns[0]["reward"] > 0
-    assert picture.user == (*scripts[3][1], "scripted") and len(picture.user[1]) == 2
-    assert last.user is None and last.turns[1]["reward"] > 0
 
 
 def test_unjudged_last_gives_the_last_turn_0(mixed):
     rollouts = [answered(mixed[1], 3), answered(mixed[1], 4)]
-    ask = lambda requests: [json.dumps(GOOD)] * len(requests)
-    grpo.Tutor(ask, grpo_args("--unjudged_last"))(rollouts)
+    grpo.Tutor(lambda rs: [json.dumps(GOOD)] * len(rs), grpo_args("--unjudged_last"))(rollouts)
     assert rollouts[0].turns[-1]["reward"] > 0 and rollouts[1].turns[-1]["reward"] == 0
+
+
+def reward(like, text):
+    return grpo.turn_reward({"assistant": text}, SCORES, grpo_args("--like", like))
 
 
 def test_like_sets_the_published_algorithms_and_flags_override_it():
@@ -558,111 +530,92 @@ def test_like_sets_the_published_algorithms_and_flags_override_it():
         args = grpo_args(*flags)
         return args.credit, args.divide_by_std, args.alpha, args.beta, args.kl_loss
 
-    def reward(like, text):
-        verdict = {"safety": 8, "usefulness": 6, "faithfulness": 5}
-        return grpo.turn_reward({"assistant": text}, verdict, grpo_args("--like", like))
-
-    assert chosen() == ("trajectory", True, 0.3, 0.1, "corrected") == chosen("--like", "ours")
+    assert chosen() == chosen("--like", "ours") == ("trajectory", True, 0.3, 0.1, "corrected")
     assert chosen("--like", "paper") == ("sum", False, 0.3, 0.1, "k3")
     assert chosen("--like", "released") == ("trajectory", True, 0.3, 0.001, "k3")
-    assert chosen("--like", "released", "--credit", "turn", "--alpha", "0", "--beta", "0") == \
-        ("turn", True, 0, 0, "k3")
+    flags = "--like released --credit turn --alpha 0 --beta 0"
+    assert chosen(*flags.split()) == ("turn", True, 0, 0, "k3")
     for like in ("ours", "paper"):                      # scores to 0..1, times the format gate
         assert reward(like, REPLY) == pytest.approx((0.6 * 7 + 0.3 * 5 + 0.1 * 4) / 9)
         assert reward(like, "b") == 0
-    scores = (0.4 * 8 + 0.4 * 6 + 0.2 * 5) / 10
-    assert reward("released", REPLY) == pytest.approx(1 + scores)
-    assert reward("released", "b") == pytest.approx(scores)
-    assert reward("released", "a " * 102) == pytest.approx(scores - 0.2 * 0.99)
+    assert reward("released", REPLY) == pytest.approx(1.66)     # 1 for the format
+    assert reward("released", "b") == pytest.approx(0.66)
+    assert reward("released", "a " * 102) == pytest.approx(0.66 - 0.2 * 0.99)
 
 
 @pytest.mark.xfail(strict=True, reason="the released code counts repetition from 24 tokens on")
 def test_the_released_penalty_for_repetition_begins_at_24_tokens():
-    verdict = {"safety": 8, "usefulness": 6, "faithfulness": 5}
-    rewards = [grpo.turn_reward({"assistant": text}, verdict, grpo_args("--like", "released"))
-               for text in ("la la la la", "la " * 23, "la " * 24)]
-    assert rewards[0] == rewards[1] == pytest.approx(0.66) and rewards[2] < 0.66
+    assert reward("released", "la " * 23) == pytest.approx(0.66) > reward("released", "la " * 24)
 
 
 def test_every_step_has_its_share_of_benign_dialogues():  # trap 40
-    kinds = ["benign"] * 40 + ["red_team"] * 40
-    data = [{"id": i, "kind": kind} for i, kind in enumerate(kinds)]
+    data = [{"id": i, "kind": "benign" if i < 40 else "red_team"} for i in range(80)]
     order = grpo.prompt_order(data, 0, 0)
-    assert sorted(d["id"] for d in order) == list(range(80)) and order == grpo.prompt_order(data, 0, 0)
-    assert order != grpo.prompt_order(data, 0, 1) and order != grpo.prompt_order(data, 1, 0)
+    assert sorted(d["id"] for d in order) == list(range(80))
+    assert order == grpo.prompt_order(data, 0, 0) != grpo.prompt_order(data, 0, 1)
     for i in range(0, 80, 8):
         assert 2 <= sum(d["kind"] == "benign" for d in order[i:i + 8]) <= 6
 
 
-# -----------------------------------------------------------------------------
-# the script
-
+# ---------------------------------------------------------------- the script
 
 def run(monkeypatch, base, data, out, reply, *more):
     """grpo.main() with the tutor reply(text of the request). -> log"""
-    module = SimpleNamespace(ask=lambda requests: [reply(r["text"]) for r in requests])
-    monkeypatch.setitem(sys.modules, "mytutor", module)
+    tutor = SimpleNamespace(ask=lambda requests: [reply(r["text"]) for r in requests])
+    monkeypatch.setitem(sys.modules, "mytutor", tutor)
+    flags = "--tutor mytutor --prompts 2 --group 2 --max_turns 2 --max_new 4 --max_tokens 400 " \
+            "--lr 1e-3 --epochs 0.5 --like released --beta 0.1"
     grpo.main(["--model", str(base), "--data", str(data / "rl.jsonl"), "--out", str(out),
-               "--tutor", "mytutor", "--prompts", "2", "--group", "2", "--max_turns", "2",
-               "--max_new", "4", "--max_tokens", "400", "--lr", "1e-3", "--like", "released",
-               "--beta", "0.1", *more])
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+               *flags.split(), *more])
+    return [json.loads(line) for line in (out / "log.jsonl").open()]
 
 
 def moody(text):
-    """Scores by a hash of the request."""
+    """A tutor whose scores depend on a hash of the request."""
     rng = random.Random(text)
-    scores = {name: rng.randint(1, 10) for name in ("safety", "usefulness", "faithfulness")}
+    scores = {name: rng.randint(1, 10) for name in SCORES}
     return json.dumps({"scores": scores, "strategy": "deepen", "next_turn": f"and {rng.random()}?"})
 
 
 def test_a_run_starts_at_kl_0_and_repeats_itself_bit_for_bit(
         base, adapter, world, tmp_path, monkeypatch, capsys):
-    logs = []
-    for name in ("a", "b"):
-        logs.append(run(monkeypatch, base, world, tmp_path / name, moody,
-                        "--adapter", str(adapter), "--epochs", "0.5"))
-    log = logs[0]
-    assert log[0]["kl"] == 0 < log[-1]["kl"] and max(row["mismatch"] for row in log) < 1e-4
-    fields = """step reward return harm useful refused dead missing cut truncated tokens loss kl
-                clip entropy mismatch grad_norm healthy seconds_generate seconds_tutor
-                seconds_update warnings""".split()
-    assert set(fields) <= set(log[0])
+    a, b = (run(monkeypatch, base, world, tmp_path / name, moody, "--adapter", str(adapter))
+            for name in "ab")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == len(a) + len(b)
+    assert max(len(line.partition(" | !")[0]) for line in lines) <= 120     # fits a terminal
+    fields = "step reward return harm useful refused dead missing cut truncated tokens loss kl " \
+             "clip entropy mismatch grad_norm healthy seconds_generate seconds_tutor " \
+             "seconds_update warnings"
+    assert set(fields.split()) <= set(a[0])
+    assert a[0]["kl"] == 0 < a[-1]["kl"] and max(row["mismatch"] for row in a) < 1e-4
 
-    for row in logs[0] + logs[1]:
+    for row in a + b:
         for key in [key for key in row if key.startswith("seconds")]:
             del row[key]
-    assert logs[0] == logs[1]
+    assert a == b
     for name in ("rollouts.jsonl", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    trained, start = (load_file(folder / "adapter_model.safetensors")
-                      for folder in (tmp_path / "a", adapter))
-    assert trained.keys() == start.keys()
-    assert any(not torch.equal(trained[key], start[key]) for key in start)
-
-    records = [json.loads(line) for line in (tmp_path / "a/rollouts.jsonl").open()]
-    assert len(records) == 4 * len(log)
-    for turn in [turn for record in records for turn in record["turns"]]:
-        assert {"user", "assistant", "strategy", "reward", "advantage", "safety"} <= set(turn)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 2 * len(log)
-    assert max(len(line.partition(" | !")[0]) for line in lines) <= 120
+    start = (adapter / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() != start
+    for line in (tmp_path / "a/rollouts.jsonl").open():
+        for turn in json.loads(line)["turns"]:
+            assert {"user", "assistant", "strategy", "safety", "reward", "advantage"} <= set(turn)
 
 
 def test_a_tutor_without_any_signal_stops_the_run(base, world, tmp_path, monkeypatch, capsys):
     """All rollouts get the same score: a warning, exit code 1, and nothing that looks trained."""
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, base, world, tmp_path, lambda _: json.dumps(GOOD), "--epochs", "0.5")
+        run(monkeypatch, base, world, tmp_path, lambda _: json.dumps(GOOD))
     assert isinstance(stopped.value.code, str)          # Python prints it, and exits with code 1
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert all(row["dead"] == 1 and row["warnings"] for row in rows) and rows[0]["kl"] == 0
-    assert "| ! " in capsys.readouterr().out and not list(tmp_path.glob("**/*.safetensors"))
+    assert "| ! " in capsys.readouterr().out and not list(tmp_path.glob("*.safetensors"))
 
 
 def test_rewards_that_are_all_missing_stop_the_run(base, world, tmp_path, monkeypatch):
     """The tutor can be read in the preflight, and never again."""
     replies = iter([json.dumps(GOOD)] * 3)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="gone"):       # a message, so exit code 1
         run(monkeypatch, base, world, tmp_path, lambda _: next(replies, "gone"))
-    assert isinstance(stopped.value.code, str) and "gone" in stopped.value.code
-    assert not list(tmp_path.glob("**/*.safetensors"))
+    assert not list(tmp_path.glob("*.safetensors"))

