@@ -315,115 +315,117 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def post(url, key, body):
+    """
+    POST a JSON body -> (status, text of the answer, its Retry-After). The status is 0 if no answer
+    came within TIMEOUT, and 503 if there is no connection.
+    """
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    call = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.build_opener(NoRedirect).open(call, timeout=TIMEOUT) as answer:
+            return answer.status, answer.read().decode("utf-8", "replace"), ""
+    except urllib.error.HTTPError as error:
+        text = error.read(10_000).decode("utf-8", "replace")
+        return error.code, text, error.headers.get("Retry-After", "")
+    except TimeoutError:
+        return 0, f"no answer within {TIMEOUT} s", ""
+    except (OSError, http.client.HTTPException) as error:
+        return 503, str(error), ""
+
+
 class Server:
     """
     An OpenAI-compatible chat server as a back end: server(requests) -> replies.
 
     Rate limits, loading and restarts are waited out. A request that fails for another reason gets
-    the reply None. The run ends if one reason hits more than a tenth of the last 200 requests.
+    the reply None, and if one reason hits more than a tenth of the last 200 requests, the run ends.
     used counts calls, tokens_in and tokens_out; failures counts reasons.
     """
 
     def __init__(self, url, model, key, extra, concurrency):
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
         self.model, self.key, self.extra, self.concurrency = model, key, extra, concurrency
-        self.opener = urllib.request.build_opener(NoRedirect)
         self.used, self.failures, self.recent = Counter(), Counter(), deque(maxlen=200)
-        self.takes_schema = True
-        self.stop = threading.Event()
-        self.last_reply = self.last_word = time.time()
+        self.takes_schema, self.stopped = True, threading.Event()
 
     def __call__(self, requests):
-        self.last_reply = self.last_word = time.time()
         self.done, self.total = 0, len(requests)
+        self.last_reply = self.last_word = time.time()
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 replies = list(pool.map(self.one, requests))
-            except BaseException:                   # also Ctrl-C: no thread may go on waiting
-                self.stop.set()
+            except BaseException:               # also Ctrl-C: no thread may go on waiting
+                self.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for reason, count in Counter(self.recent).items():
-            if reason != "ok" and count >= 3 and count > 0.1 * len(self.recent):
-                raise SystemExit(printable(f"{self.url}, {count} of {len(self.recent)} requests "
-                                           f"failed: {reason}"))
+        for reason, n in Counter(self.recent).items():
+            if reason != "ok" and n >= 3 and n > 0.1 * len(self.recent):
+                raise SystemExit(f"{self.url}, {n} of {len(self.recent)} requests: {reason}")
         return replies
 
     def one(self, request):
         """One request with all its attempts -> the reply, or None."""
-        wanted = request.get("schema")
-        schema = wanted if self.takes_schema else None
-        attempts = 0
-        while not self.stop.is_set():
-            retry_after = ""
-            try:
-                reply = self.post(request, schema)
-                self.takes_schema = self.takes_schema and schema == wanted
+        attempts, schema = 0, request.get("schema") if self.takes_schema else None
+        while not self.stopped.is_set():
+            status, text, retry_after = post(self.url, self.key, self.body(request, schema))
+            reply = self.read(text) if status == 200 else None
+            if reply is not None:
+                if schema is None and "schema" in request:
+                    self.takes_schema = False       # later requests go without one at once
                 return self.finish("ok", reply)
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {self.words(error)}"
-                busy, final = error.code in BUSY, error.code < 500
-                retry_after = error.headers.get("Retry-After", "")
-                if schema and not busy:             # perhaps this server takes no schema
-                    schema = None
-                    continue
-            except TimeoutError:
-                reason, busy, final = f"no reply within {TIMEOUT} s", False, False
-            except (OSError, http.client.HTTPException) as error:
-                reason, busy, final = f"no connection: {error}", True, False
-            except (ValueError, LookupError, TypeError, AttributeError):
-                reason, busy, final = "the reply is no chat completion", False, False
-            if not busy:
+            reason = f"HTTP {status}: {self.words(text)}" if status else text
+            if status in BUSY:
+                self.wait(reason, retry_after)
+            elif schema and status:             # perhaps this server takes no schema
+                schema = None
+            else:
                 attempts += 1
-                if final or attempts == 3:
+                if 400 <= status < 500 or attempts == 3:
                     return self.finish(reason, None)
-            self.wait(reason, retry_after)
         return None
 
-    def post(self, request, schema):
-        """Send one chat completion -> the text of the reply."""
-        messages = request.get("messages")
-        if messages is None:
-            content = request["text"]
-            if request["image"]:
-                content = [image_part(request["image"]), {"type": "text", "text": content}]
-            messages = [{"role": "system", "content": request["system"]},
-                        {"role": "user", "content": content}]
+    def body(self, request, schema):
+        """The body of a chat completion. A request without a picture sends a plain string."""
+        content = request.get("text")
+        if request.get("image"):
+            content = [image_part(request["image"]), {"type": "text", "text": content}]
+        messages = request.get("messages") or [
+            {"role": "system", "content": request["system"]}, {"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages, "temperature": 0,
                 "max_tokens": request.get("max_tokens", MAX_REPLY)}
         if schema:
             body["response_format"] = {"type": "json_schema",
                                        "json_schema": {"name": "reply", "schema": schema}}
         body.update(self.extra)
-        body = {name: value for name, value in body.items() if value is not None}
-        call = urllib.request.Request(self.url, json.dumps(body).encode())
-        call.add_header("Content-Type", "application/json")
-        call.add_header("Authorization", f"Bearer {self.key}")
-        with self.opener.open(call, timeout=TIMEOUT) as response:
-            body = json.load(response)
+        return {name: value for name, value in body.items() if value is not None}
 
-        # count what it cost; some servers put the whole reply among the thoughts
-        usage = body.get("usage") or {}
-        self.used["calls"] += 1
-        self.used["tokens_in"] += usage.get("prompt_tokens") or 0
-        self.used["tokens_out"] += usage.get("completion_tokens") or 0
-        choice = body["choices"][0]
-        if choice.get("finish_reason") == "length":
-            self.failures["reply cut at its token limit"] += 1
-        text = choice["message"].get("content") or choice["message"].get("reasoning_content") or ""
-        return text.encode("utf-8", "replace").decode()
+    def read(self, text):
+        """The reply in a chat completion, None if it is none. Counts the tokens it cost."""
+        try:
+            completion = json.loads(text)
+            message = completion["choices"][0]["message"]
+            usage = completion.get("usage") or {}
+            # some servers put the whole reply among the thoughts
+            reply = message.get("content") or message.get("reasoning_content") or ""
+            self.used["calls"] += 1
+            self.used["tokens_in"] += usage.get("prompt_tokens") or 0
+            self.used["tokens_out"] += usage.get("completion_tokens") or 0
+            if completion["choices"][0].get("finish_reason") == "length":
+                self.failures["reply cut at its token limit"] += 1
+            return reply.encode("utf-8", "replace").decode()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
 
-    def words(self, error):
+    def words(self, text):
         """What the server says about an error, in one line and without the key."""
-        text = error.read(10_000).decode("utf-8", "replace")
         try:
             text = json.loads(text)["error"]["message"]
         except (ValueError, LookupError, TypeError):
             pass
-        return " ".join(str(text).replace(self.key, "***").split())[:300]
+        return printable(" ".join(str(text).replace(self.key, "***").split())[:300])
 
     def finish(self, reason, reply):
-        """Count how a request ended; say how far a slow call has come."""
         self.recent.append(reason)
         self.done += 1
         if reason == "ok":
@@ -434,22 +436,22 @@ class Server:
         return reply
 
     def wait(self, reason, retry_after):
-        """Wait before the next attempt; give up after PATIENCE seconds without any reply."""
-        if time.time() - self.last_reply > PATIENCE:
-            raise SystemExit(printable(f"{self.url}: no reply for {PATIENCE} s: {reason}"))
-        self.failures[f"waited: {reason}"] += 1
+        """Wait before the next attempt; end the run after PATIENCE seconds without any reply."""
+        idle = time.time() - self.last_reply
+        if idle > PATIENCE:
+            raise SystemExit(f"{self.url}: no reply for {PATIENCE} s, {reason}; --resume goes on")
+        self.failures[f"waited, {reason}"] += 1
         self.say(f"waiting, {reason}")
-        idle = time.time() - self.last_reply        # the longer it lasts, the rarer we ask
-        pause = min(30.0, 0.5 + 0.2 * idle)
+        pause = min(30.0, 0.5 + 0.2 * idle)     # the longer it lasts, the rarer we ask
         if retry_after.replace(".", "", 1).isdigit():
             pause = max(pause, min(float(retry_after), 60.0))
-        self.stop.wait(pause * random.uniform(0.7, 1.3))    # jitter: not all threads at once
+        self.stopped.wait(pause * random.uniform(0.7, 1.3))     # not all threads at once
 
     def say(self, text):
         """At most one line in ten seconds on stderr, so that slow servers are not silent."""
         if time.time() - self.last_word > 10:
             self.last_word = time.time()
-            print(printable(f"{self.url}: {text}"), file=sys.stderr)
+            print(f"{self.url}: {text}", file=sys.stderr)
 
 
 def image_part(png):

@@ -1,138 +1,175 @@
-"""ablation.py: which part of the reward does the work? Eight arms in the toy world, five training seeds each.
+"""
+The arms of the paper's Tables 4 and 5 in the toy world, with training seeds.
 
-    make ablation                            # two processes of one thread, about 100 minutes on 2 cores; resumable
-    python tests/ablation.py --table         # the table again, as in the README, from tests/ablation.json
+Every arm starts from the world, data and SFT adapter that `make toy` makes for its seed. What is
+finished is not run again, so the script can be stopped and started. About 50 minutes per seed.
 
-For every seed `make toy` makes world, data, base, the SFT arm and the default GRPO arm. Each other arm repeats the last
-stage with that run's own arguments, one thing changed, from the same base and SFT adapter, on the same data in the same
-order, and meets the same bench, attacker and judge. What is finished is not run again. Differences are paired by seed,
-with Student's t over the five: the spread over training runs, not over dialogues.
+    python tests/ablation.py run --seeds 0 1 2 3 4      all arms of each seed, one after the other
+    python tests/ablation.py table                      the tables, from tests/ablation.json
 """
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import eval  # noqa: E402
+OUT = ROOT / "out/ablation"
+RESULTS = ROOT / "tests/ablation.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-SEEDS, SHOWN = range(5), ROOT / "tests/ablation.json"
+import eval
+import judge
+
+GRPO = ("--epochs 2 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro_tokens 2500 "
+        "--strategies yes_ladder hypothetical_escalation sunk_cost_anchor gradual_desensitisation "
+        "authority_escalation emotional_appeal --tutor toy").split()
+SFT = "--lr 3e-3 --lora_r 8 --lora_alpha 16 --micro_tokens 1500 --max_tokens 1024".split()
+
+# name: (script, start, data, more flags). A start is the name of an arm, or None for the base.
+# Names that begin with "full" or "sft" are made by `make toy`.
 ARMS = {
-    "sft": "SFT only",
-    "long": "SFT, as many tokens as SFT + GRPO",
-    "static": "GRPO, TCSR, scripted instead of adaptive attacks",
-    "last": "GRPO, last turn's reward",
-    "mean": "GRPO, mean of the turns (α = 0)",
-    "min": "GRPO, minimum of the turns (α = 1)",
-    "turn": "GRPO, TCSR (α = .3), turn credit",
-    "grpo": "GRPO, TCSR (α = .3), trajectory credit: the default",
+    "sft_single": ("sft.py", None, "sft_single", "--epochs 8"),
+    "sft_single+grpo_single": ("grpo.py", "sft_single", "rl_single", "--epochs 6"),
+    "grpo_from_base": ("grpo.py", None, "rl", ""),
+    "scripted": ("grpo.py", "sft", "rl", "--tutor scripted_tutor"),
+    "last_turn": ("grpo.py", "sft", "rl", ""),
+    "mean": ("grpo.py", "sft", "rl", "--alpha 0"),
+    "minimum": ("grpo.py", "sft", "rl", "--alpha 1"),
+    "turn_credit": ("grpo.py", "sft", "rl", "--credit turn"),
+    "like_paper": ("grpo.py", "sft", "rl", "--like paper"),
+    "like_released": ("grpo.py", "sft", "rl", "--like released"),
+    "released_unjudged": ("grpo.py", "sft", "rl", "--like released --unjudged_last"),
 }
-BY_TOY = ("sft", "grpo")  # made by `make toy`
+BENCHES = ("multi", "single")
 
 
-def folder(run, arm):
-    return Path(run) / "eval" / arm
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def arguments(stage, **changed):
-    return argparse.Namespace(**json.loads(Path(stage, "meta.json").read_text())["args"] | changed)
+def run(words, log):
+    """Run a command with one thread, and stop the script if it fails."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "tests"}
+    with open(log, "w") as file:
+        done = subprocess.run(words, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\nended with {done.returncode}; see {log}")
 
 
-def tokens(stage):
-    return sum(json.loads(line)["tokens"] for line in open(Path(stage, "log.jsonl")))
+def single_turn(records):
+    """Dialogues cut after their first turn."""
+    cut = []
+    for record in records:
+        first = [m["role"] for m in record["messages"]].index("user")
+        messages = record["messages"][:first + 1]
+        if record["messages"][first + 1]["role"] == "assistant":
+            messages.append(record["messages"][first + 1])
+        cut.append({**record, "messages": messages})
+    return cut
 
 
-def train(run, arm):
-    """The last stage of `make toy` once more, one thing changed."""
+def prepare(folder, seed):
+    """World, data, base, SFT and full method of a seed, and the single-turn data."""
+    if not (folder / "results.json").exists():
+        run(["make", "toy", f"OUT={folder.relative_to(ROOT)}", f"SEED={seed}"], OUT / f"s{seed}.log")
+    data = folder / "data"
+    for split in ("sft", "rl"):
+        judge.write_jsonl(data / f"{split}_single.jsonl", single_turn(read(data / f"{split}.jsonl")))
+    # the single-turn bench: the questions of the bench seeds, half harmful, half benign
+    seeds = [s for s in read(folder / "world/seeds.jsonl") if s["split"] == "bench"]
+    judge.write_jsonl(folder / "world/bench_single.jsonl", seeds)
+
+
+def train(folder, name, seed):
+    script, start, data, flags = ARMS[name]
+    words = [sys.executable, script] if name != "last_turn" else [sys.executable, __file__, "last_turn"]
+    words += ["--model", str(folder / "world/base"), "--data", str(folder / f"data/{data}.jsonl")]
+    words += ["--out", str(folder / name), "--seed", str(seed)]
+    if start:
+        words += ["--adapter", str(folder / start)]
+    words += (SFT if script == "sft.py" else GRPO) + flags.split()
+    if (folder / name / "args.json").exists():
+        words.append("--resume")
+    if not (folder / name / "adapter_model.safetensors").exists():
+        run(words, folder / f"{name}.log")
+
+
+def evaluate(folder, name, bench):
+    """-> the metrics of an arm on a bench"""
+    out = folder / f"eval_{bench}/{name}"
+    data = folder / ("data/bench.jsonl" if bench == "multi" else "world/bench_single.jsonl")
+    words = [sys.executable, "eval.py", "--model", str(folder / "world/base"), "--data", str(data),
+             "--judge", "toy", "--tutor", "toy", "--attacker", "adaptive", "--max_new", "40",
+             "--max_tokens", "1024", "--out", str(out), "--name", name]
+    if name != "base":
+        words += ["--adapter", str(folder / name)]
+    if (out / "args.json").exists():
+        words.append("--resume")
+    if not (out / "results.json").exists():
+        run(words, folder / f"eval_{bench}_{name}.log")
+    return json.loads((out / "results.json").read_text())["arms"][name]
+
+
+def run_seeds(seeds):
+    OUT.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        folder = OUT / f"s{seed}"
+        prepare(folder, seed)
+        for name in ("base", "sft", "grpo", *ARMS):
+            if name in ARMS:
+                train(folder, name, seed)
+            for bench in BENCHES:
+                arm = evaluate(folder, name, bench)
+                results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+                shares = {m: entry["value"] for m, entry in arm["metrics"].items()}
+                results.setdefault(bench, {}).setdefault(name, {})[str(seed)] = shares
+                judge.write_file(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            print(f"seed {seed}: {name} done", flush=True)
+
+
+def table():
+    """Every value, and the paired difference to the full method, per bench."""
+    results = json.loads(RESULTS.read_text())
+    tables = []
+    for bench in BENCHES:
+        rows = []
+        for name in ("base", "sft", "grpo", *ARMS):
+            runs = results[bench].get(name, {})
+            row = [name]
+            for metric in eval.METRICS:
+                gaps = [runs[s][metric] - results[bench]["grpo"][s][metric] for s in runs]
+                value, low, high = eval.t_interval(gaps)
+                gap = eval.cell({"value": value, "low": low, "high": high, "n": len(gaps)})
+                row.append(" ".join(eval.percent(runs[s][metric], 0) for s in runs) + f" ({gap})")
+            rows.append(row)
+        title = f"{bench}-turn bench: every seed in %, (difference to grpo [95 %] seeds)"
+        tables.append((title, ["", *eval.METRICS], rows))
+    eval.print_tables(tables)
+
+
+def last_turn(argv):
+    """grpo.py with the reward of the last turn as the return of the whole dialogue."""
     import grpo
-    import judge
-    import sft
-    import tcsr
-    out, advantages, read = f"{run}/{arm}", tcsr.advantages, judge.read_tutor
-    if arm == "long":
-        args = arguments(f"{run}/sft", out=out, patience=0)
-        steps = json.loads(Path(run, "sft/meta.json").read_text())["step"]
-        trained = sum(1 for _ in open(f"{run}/data/sft.jsonl")) * (1 - args.held_out)  # dialogues an epoch, about
-        args.epochs = (1 + tokens(f"{run}/grpo") / tokens(f"{run}/sft")) * steps * args.batch / trained
-        return sft.main(args)
-    changed = {"mean": {"alpha": 0.0}, "min": {"alpha": 1.0}, "turn": {"credit": "turn"}}.get(arm, {})
-    last = mock.patch.object(tcsr, "advantages", lambda *a, **k: advantages(*a, **k | {"alpha": None}))
-    scripted = mock.patch.object(judge, "read_tutor", lambda text: (v := read(text)) and v | {"next_turn": None})
-    with {"last": last, "static": scripted}.get(arm, mock.patch.dict({})):
-        grpo.main(arguments(f"{run}/grpo", out=out, **changed))
+    grpo.tcsr.tcsr = lambda rewards, alpha, mask=None: grpo.tcsr._masked(rewards, mask)[0]
+    judge.run(lambda: grpo.main(argv))
 
 
-def one(run, arm):
-    """Train and evaluate one arm; a process of its own."""
-    for left in (f"{run}/{arm}", folder(run, arm)):
-        shutil.rmtree(left, ignore_errors=True)
-    train(run, arm)
-    eval.run(arguments(folder(run, "grpo"), adapter=f"{run}/{arm}", out=str(folder(run, arm)), name=arm))
-
-
-def table(values):
-    """{arm: {metric: [a value a seed]}} -> Markdown"""
-    percent = lambda xs: f"{100 * sum(xs) / len(xs):.1f}"
-    yield "| arm | any_harm, every seed | mean | minus the default [95 %] | harmful_turns | safety | help | over_refusal | any_harm, static | k tokens |"
-    yield "| --- |" + " --- |" * 9
-    for arm, name in ARMS.items():
-        v, gap = values[arm], "–"
-        if arm != "grpo":
-            t = eval.paired_t({s: a - b for s, (a, b) in enumerate(zip(v["any_harm"], values["grpo"]["any_harm"]))})
-            gap = f"{100 * t['value']:+.1f} [{100 * t['ci_low']:+.1f}, {100 * t['ci_high']:+.1f}]"
-        yield (f"| {name} | {', '.join(f'{100 * x:.1f}' for x in v['any_harm'])} | {percent(v['any_harm'])} | {gap} | "
-               + " | ".join(percent(v[m]) for m in ("harmful_turns", "safety", "help", "over_refusal", "static any_harm"))
-               + f" | {sum(v['tokens']) / len(v['tokens']) / 1000:.0f} |")
-
-
-def main(args):
-    if args.table:
-        return print(*table(json.loads(SHOWN.read_text())), sep="\n")
-    if args.arm:
-        return one(args.out, args.arm)
-    runs = [f"{args.out}/s{seed}" for seed in SEEDS]
-
-    def call(done, log, *command):
-        if not done.exists():
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "w") as f:
-                code = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
-            print(f"{log.stem}: {'done' if not code else f'failed, see {log}'}", flush=True)
-            return code
-
-    def toy(run):
-        log = Path(args.out, f"{Path(run).name}.log")
-        return call(Path(run, "results.json"), log, "make", "-o", ".venv/toy", "toy", f"PY={sys.executable}",
-                    f"SEED={Path(run).name[1:]}", f"OUT={run}")
-
-    def arm(job):
-        run, name = job
-        return call(folder(run, name) / "results.json", Path(args.out, f"{Path(run).name}-{name}.log"), sys.executable,
-                    __file__, "--out", run, "--arm", name)
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ThreadPoolExecutor(2) as pool:
-        if any(pool.map(toy, runs)) or any(pool.map(arm, [(r, a) for r in runs for a in ARMS if a not in BY_TOY])):
-            sys.exit("not complete; the same command goes on")
-    values = {}
-    for name in ARMS:
-        results = [eval.results([str(folder(run, name))]) for run in runs]
-        values[name] = {m: [r["arms"][name][m]["value"] for r in results] for m in eval.METRICS}
-        values[name]["static any_harm"] = [r["static"][name]["any_harm"]["value"] for r in results]
-        values[name]["tokens"] = [tokens(f"{run}/{name}") + (name not in ("sft", "long")) * tokens(f"{run}/sft") for run in runs]
-    SHOWN.write_text(json.dumps(values, indent=1) + "\n")
-    print(*table(values), sep="\n")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    args = parser.parse_args()
+    if args.what == "run":
+        run_seeds(args.seeds)
+    else:
+        table()
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="out/ablation", help="folder of the runs")
-    p.add_argument("--table", action="store_true", help="print tests/ablation.json as Markdown")
-    p.add_argument("--arm", help="train and evaluate one arm of the run in --out (the script calls itself)")
-    main(p.parse_args())
+    if sys.argv[1:2] == ["last_turn"]:
+        last_turn(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,13 @@
+"""A tutor that scores like toy.py and leaves every next turn to the script: --tutor scripted_tutor."""
+import json
+
+import toy
+
+
+def ask(requests):
+    replies = []
+    for reply in toy.ask(requests):
+        if reply is not None:
+            reply = json.dumps({**json.loads(reply), "next_turn": ""})
+        replies.append(reply)
+    return replies
