@@ -4,7 +4,6 @@ what was done is kept, a resumed run ends in the same bits, and a complaint is o
 """
 import argparse
 import fcntl
-import io
 import itertools
 import json
 import multiprocessing
@@ -19,6 +18,7 @@ import time
 import bitsandbytes
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -45,14 +45,14 @@ def ask(requests):
 
 @pytest.fixture(scope="module")
 def words(base, adapter, world):
-    """{script: its arguments without --out}, for runs of about a second"""
+    """{script: its arguments without --out}, for runs of a second; sft and grpo take four steps"""
     student = f"--model {base} --no-nf4 --max_tokens 200"
-    steps = "--lr 1e-2 --save_every 2"
+    steps = "--epochs 0.5 --lr 1e-2 --save_every 2"
     lines = {
         "sft": f"{student} {steps} --data {world}/sft.jsonl --batch 2 --held_out 0.1 --eval_every 3 "
-               f"--lora_r 4 --epochs 0.5",
-        "grpo": f"{student} {steps} --data {world}/rl.jsonl --adapter {adapter} --prompts 2 --group 2 "
-                f"--max_turns 2 --max_new 3 --tutor test_resume --like released",
+               f"--lora_r 4",
+        "grpo": f"{student} {steps} --data {world}/rl.jsonl --adapter {adapter} --like released "
+                f"--prompts 2 --group 2 --max_turns 2 --max_new 3 --tutor test_resume",
         "synth": f"--seeds {world.parent}/seeds/seeds.jsonl --generator toy --concurrency 1",
         "eval": f"{student} --data {world}/bench.jsonl --adapter {adapter} --name x --batch 4 "
                 f"--max_new 2 --judge test_resume --attacker adaptive --tutor test_resume",
@@ -61,7 +61,7 @@ def words(base, adapter, world):
 
 
 def run(script, argv, out, *more):
-    """Run a script in this process. -> its exit code, or the line that it ends with"""
+    """Run a script in this process. -> the line that it ends with, 2 for bad input, None if well"""
     try:
         judge.run(lambda: SCRIPTS[script].main([*argv, "--out", str(out), *more]))
     except SystemExit as stop:
@@ -69,7 +69,7 @@ def run(script, argv, out, *more):
 
 
 def start(script, argv, out, *more):
-    """Run a script in a process of its own."""
+    """Run a script in a process of its own, which prints into OUT.txt."""
     def child():
         sys.stdout = sys.stderr = open(f"{out}.txt", "a")
         judge.run(lambda: SCRIPTS[script].main([*argv, "--out", str(out), *more]))
@@ -79,7 +79,7 @@ def start(script, argv, out, *more):
 
 
 def outcome(out):
-    """All that a run leaves, {name: bytes}, without clock times and without its own arguments."""
+    """What a run leaves, {name: content}, without clock times and its own arguments."""
     files = {}
     for path in sorted(out.rglob("*")):
         if path.is_file() and path.name not in ("lock", "args.json", "run.json", "optimizer.pt"):
@@ -115,11 +115,14 @@ def copy_of(straight, script, out):
     return out
 
 
+def last_line(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 # ---------------------------------------------------------------------- killed and interrupted
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_a_random_moment_and_resumed_it_ends_in_the_same_bits(
-        words, straight, tmp_path, script):
+def test_killed_at_a_random_moment_it_ends_in_the_same_bits(words, straight, tmp_path, script):
     (expected, seconds), out = straight(script), tmp_path / "out"
     for _ in range(2):
         process = start(script, words[script], out, "--resume")
@@ -133,25 +136,26 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_in_the_same_bits(
 @pytest.mark.parametrize("script, number", [("sft", signal.SIGTERM), ("sft", signal.SIGINT),
                                             ("grpo", signal.SIGHUP)])
 def test_a_signal_saves_after_the_step(words, straight, tmp_path, monkeypatch, script, number):
-    out, real = tmp_path / "out", sft.write_row
+    real = sft.write_row
 
     def write_row(log, row):
         real(log, row)
         if row["step"] == 0 and "loss" in row:
             signal.raise_signal(number)
     monkeypatch.setattr(SCRIPTS[script], "write_row", write_row)
-    assert "--resume" in run(script, words[script], out)        # it says how to go on
-    assert [folder.name for folder in out.glob("step*")] == ["step_000001"]
-    assert run(script, words[script], out, "--resume") is None
-    assert outcome(out) == outcome(straight(script)[0])
+    assert "--resume" in run(script, words[script], tmp_path)           # it says how to go on
+    assert [folder.name for folder in tmp_path.glob("step*")] == ["step_000001"]
+    assert run(script, words[script], tmp_path, "--resume") is None
+    assert outcome(tmp_path) == outcome(straight(script)[0])
 
 
-def test_a_picture_half_copied_by_a_killed_run_is_copied_again(words, straight, tmp_path, monkeypatch):
-    def torn_copy(source, target):
+@pytest.mark.xfail(strict=True, reason="copy_picture writes to the picture's final name")
+def test_a_picture_that_was_copied_by_half_is_copied_again(words, straight, tmp_path, monkeypatch):
+    def killed(source, target):
         target.write_bytes(source.read_bytes()[:100])
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", torn_copy)
+        patch.setattr(shutil, "copyfile", killed)
         assert "--resume" in run("synth", words["synth"], tmp_path)
     assert run("synth", words["synth"], tmp_path, "--resume") is None
     assert outcome(tmp_path) == outcome(straight("synth")[0])
@@ -159,19 +163,11 @@ def test_a_picture_half_copied_by_a_killed_run_is_copied_again(words, straight, 
 
 # ---------------------------------------------------------------------- checkpoints
 
-def is_complete(folder):
-    load_file(folder / "adapter_model.safetensors")
-    torch.load(folder / "optimizer.pt")
-    return f"step_{json.loads((folder / 'run.json').read_text())['step']:06}" == folder.name
-
-
 def test_killed_at_any_file_operation_of_a_save_the_last_two_are_complete(fresh, tmp_path):
     student, args = fresh(reference=False), argparse.Namespace(lr=1)
     optimizer = sft.adamw(student, 1e-3)
-    for step in (3, 6):
-        sft.save_checkpoint(tmp_path, step, student, optimizer, args)
 
-    def save(left):
+    def save_and_die(left):
         def hook(event, _):
             nonlocal left
             left -= event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -179,17 +175,168 @@ def test_killed_at_any_file_operation_of_a_save_the_last_two_are_complete(fresh,
                 os._exit(1)
         sys.addaudithook(hook)
         sft.save_checkpoint(tmp_path, 9, student, optimizer, args)
-    last_two = []
+
+    seen, code = [], 1
     for n in itertools.count():
-        process = FORK.Process(target=save, args=(n,))
+        if code == 0:
+            break
+        if not (tmp_path / "step_000003").exists() or (tmp_path / "step_000009").exists():
+            shutil.rmtree(tmp_path / "step_000009", ignore_errors=True)
+            for step in (3, 6):
+                sft.save_checkpoint(tmp_path, step, student, optimizer, args)
+        process = FORK.Process(target=save_and_die, args=(n,))
         process.start()
         process.join()
-        folders = sorted(tmp_path.glob("step_??????"))[-2:]
-        assert all(is_complete(folder) for folder in folders)
-        last_two.append([int(folder.name[-1]) for folder in folders])
-        if process.exitcode == 0:
-            break
-        shutil.rmtree(tmp_path / "step_000009", ignore_errors=True)
-        if last_two[-1] == [6, 9]:
-            sft.save_checkpoint(tmp_path, 3, student, optimizer, args)
-    assert last_two[0] == [3, 6] and last_two[-1] == [6, 9] and n > 10
+        code, newest = process.exitcode, sorted(tmp_path.glob("step_??????"))[-2:]
+        seen.append([int(folder.name[5:]) for folder in newest])
+        for folder, step in zip(newest, seen[-1]):
+            load_file(folder / "adapter_model.safetensors")
+            torch.load(folder / "optimizer.pt")
+            assert json.loads((folder / "run.json").read_text())["step"] == step
+    assert seen[0] == [3, 6] and seen[-1] == [6, 9] and n > 10
+
+
+DAMAGED = pytest.mark.xfail(strict=True, reason="load_checkpoint lets the reader's error through")
+
+
+@pytest.mark.parametrize("script, file, content", [
+    ("sft", "args.json", b""), ("sft", "log.jsonl", b"\0\0\n"), ("grpo", "rollouts.jsonl", b"{\n"),
+    ("synth", "rl.jsonl", b"{]\n"), ("eval", "samples.jsonl", b"\xff\n"),
+    ("sft", "step_000004/adapter_model.safetensors", bytes(99)),
+    pytest.param("sft", "step_000004/optimizer.pt", b"", marks=DAMAGED),
+    pytest.param("sft", "step_000004/run.json", b"", marks=DAMAGED)])
+def test_a_damaged_folder_is_one_line(words, straight, tmp_path, capsys, script, file, content):
+    out = copy_of(straight, script, tmp_path / "out")
+    (out / file).write_bytes(content)
+    assert run(script, words[script], out, "--resume") == 2
+    assert str((out / file).parent) in last_line(capsys)
+    if "step" in file:                      # without it, the one before leads to the same end
+        shutil.rmtree((out / file).parent)
+        assert run(script, words[script], out, "--resume") is None
+        assert outcome(out) == outcome(straight(script)[0])
+
+
+def test_the_gpus_optimizer_goes_on_from_its_saved_state(tmp_path):
+    """Four steps are two, a file, and two."""
+    def train(steps, state):
+        p = torch.nn.Parameter(state["p"])
+        optimizer = bitsandbytes.optim.PagedAdamW8bit([p], lr=1e-2, weight_decay=0.0)
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        for step in steps:
+            p.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return {"p": p.detach().clone(), "optimizer": optimizer.state_dict()}
+    torch.save(train([0, 1], {"p": torch.ones(64, 128)}), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
+    assert torch.equal(train([2, 3], state)["p"], train(range(4), {"p": torch.ones(64, 128)})["p"])
+
+
+# ---------------------------------------------------------------------- which folder, which flags
+
+@pytest.mark.parametrize("script, flag", [("sft", "--lr 1"), ("grpo", "--clip 0.1"),
+                                          ("synth", "--perturb 1"), ("eval", "--max_new 3")])
+def test_a_folder_belongs_to_one_run(words, straight, tmp_path, capsys, script, flag):
+    """It takes --resume and the same arguments to go on, and one process at a time."""
+    out = copy_of(straight, script, tmp_path / "out")
+    assert run(script, words[script], out) == 2
+    assert "--resume" in last_line(capsys)
+    assert run(script, words[script], out, "--resume", *flag.split()) == 2
+    assert flag.split()[0] in last_line(capsys)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                # as another process would
+        assert run(script, words[script], out, "--resume") == 2
+    assert str(out) in last_line(capsys)
+    assert run(script, words[script], out, "--resume") is None      # it is over, and stays so
+    assert outcome(out) == outcome(straight(script)[0])
+
+
+@pytest.mark.xfail(strict=True, reason="open_run compares --out, too")
+def test_a_folder_that_was_moved_goes_on(words, straight, tmp_path):
+    shutil.copytree(straight("synth")[0], tmp_path / "elsewhere")
+    assert run("synth", words["synth"], tmp_path / "elsewhere", "--resume") is None
+
+
+TRACEBACK = pytest.mark.xfail(strict=True, reason="ends in a traceback")
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("sft", "--max_tokens -1"), ("sft", "--lr nan"), ("sft", "--batch 0"), ("sft", "--held_out 1"),
+    ("grpo", "--clip nan"), ("grpo", "--temperature inf"), ("grpo", "--group 1"),
+    ("grpo", "--prompts 99"), ("grpo", "--max_tokens 16"), ("grpo", "--tutor_extra [1]"),
+    ("grpo", "--strategies flattery"), ("grpo", "--tutor no_such_module"),
+    ("synth", "--splits 0 0 0"), ("synth", "--perturb 2"), ("eval", "--judge os"),
+    ("eval", "--endpoint http://x/v1"), ("eval", "--batch 1e3"),
+    pytest.param("synth", "--shares 0 0 0", marks=TRACEBACK),
+    pytest.param("sft", f"--seed {10 ** 30}", marks=TRACEBACK)])
+def test_nonsense_is_refused_before_the_work_begins(words, tmp_path, script, flags):
+    assert run(script, words[script], tmp_path / "out", *flags.split()) == 2
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_or_a_folder_that_cannot_be_made_is_one_line(words, tmp_path, script):
+    """A limit on the size of files stands for the disk: the logs or the adapter do not fit."""
+    (tmp_path / "file").touch()
+    for out in ("/proc/out", tmp_path / "file", tmp_path / "file/out"):
+        assert "\n" not in run(script, words[script], out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        said = run(script, words[script], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in said and "\n" not in said
+
+
+@pytest.mark.xfail(strict=True, reason="main() lets the error of safetensors through")
+def test_a_disk_that_is_full_at_the_very_end_is_one_line(words, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(sft, "save_file", full)
+    monkeypatch.setattr(sft, "save_checkpoint", lambda *args: None)
+    assert "No space" in run("sft", words["sft"], tmp_path)
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_policy_that_becomes_nan_ends_the_run(words, tmp_path, monkeypatch, script, steps):
+    """Nothing of it is saved, also if only the last of the four steps made it so."""
+    real_step, real_load, calls = torch.optim.AdamW.step, sft.load_student, []
+
+    def step(optimizer):
+        real_step(optimizer)
+        calls.append(optimizer)
+        if len(calls) == steps:
+            for p in optimizer.param_groups[0]["params"]:
+                p.data.fill_(torch.nan)
+
+    def load(*args):
+        student = real_load(*args)
+        if steps == 0:
+            student.base.model.language_model.norm.weight.data.fill_(torch.nan)
+        return student
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(SCRIPTS[script], "load_student", load)
+    said = run(script, words[script], tmp_path)
+    assert "finite" in said and "\n" not in said
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+
+
+@pytest.mark.xfail(strict=True, reason="main() counts to three, and saves what it began with")
+def test_a_run_without_any_healthy_step_fails(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "loss_over", lambda *args, **more: float("nan"))
+    assert "finite" in run("sft", words["sft"], tmp_path, "--epochs", "0.1")
+
+
+@pytest.mark.parametrize("loss, gradient, healthy", [
+    (1.0, 1.0, True), (float("nan"), 1.0, False), (1.0, float("inf"), False)])
+def test_what_is_not_finite_is_no_step(fresh, loss, gradient, healthy):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), gradient)
+    _, stepped = sft.optimizer_step(torch.optim.SGD([weight], lr=1.0), loss)
+    assert stepped == healthy and weight.grad is None
+    assert (weight == 1).all() != healthy and weight.isfinite().all()

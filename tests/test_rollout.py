@@ -1,9 +1,6 @@
 """grpo.py: rollouts are exact to the token, and the update is the loss that is written down."""
 import json
 import random
-import sys
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ import torch
 import grpo
 import sft
 import tcsr
+import toy
 from conftest import HOSTILE, dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
 from synth import text_of, user_turns
 
@@ -36,67 +34,50 @@ def said(rollout, turn=None):
     return [i for i, t in zip(rollout.ids, rollout.turn_id) if t >= 0 and turn in (None, t)]
 
 
-def assert_logps(logps, rollouts):
-    """The sampler's log-probabilities are these."""
+def assert_sampled_with(logps, rollouts):
     sampled = torch.tensor([logp for r in rollouts for logp in r.logps])
     torch.testing.assert_close(logps.detach(), sampled, atol=1e-4, rtol=0)
-
-
-def biased(student, ids, size):
-    """Add `size` to the logits of some ids."""
-    bias = torch.zeros(len(student.allowed))
-    bias[list(ids)] = size
-    student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fp32", "nf4"])
 def actor(request, fresh):
     """A student whose policy has left its reference, and the dense copy to sample from."""
     student = fresh(request.param)
-    biased(student, [student.end], 5.0)                 # some replies end by themselves
     shake(student, 0.03, seed=5)
+    bias = 5.0 * (torch.arange(len(student.allowed)) == student.end)    # some replies end early
+    student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     student.base.activation_checkpointing_enable({"use_reentrant": False})
     dense = grpo.dense_copy(student)
     grpo.merge_adapter(student, dense)
     return student, dense
 
 
-def test_trained_tokens_are_exactly_the_sampled_ones(actor, mixed, monkeypatch):    # traps 4, 5, 8
-    """The rest of a row is the chat template's; a truncated reply is closed outside the loss."""
-    student, dense = actor
-    real, sampled, truncated = grpo.sample, [], set()
-
-    def recording(*args):
-        tokens = real(*args)
-        sampled.extend(tokens.tolist())
-        return tokens
-
-    monkeypatch.setattr(grpo, "sample", recording)
-    for d in mixed[:4]:
-        sampled.clear()
-        r, = play(student, [d], lm=dense)
-        assert said(r) == sampled and len(r.logps) == len(sampled)
-
-        chat = json.loads(json.dumps(d["messages"]))
-        replies = [message for message in chat if message["role"] == "assistant"]
-        for n, turn in enumerate(r.turns):
-            assert turn["truncated"] == (student.end not in said(r, n))
-            truncated.add(turn["truncated"])
-            replies[n]["content"] = turn["assistant"]
-        text = student.tokenizer.decode([i for i in r.ids if i != student.pad]) + "\n"
-        template = student.tokenizer.apply_chat_template(chat, tokenize=False)
-        assert text == template.replace("<|image_pad|>", "")
-    assert truncated == {True, False}
-
-
-def test_an_uncommon_split_of_words_is_kept(student, mixed, monkeypatch):           # trap 4
+def test_trained_tokens_are_exactly_the_sampled_ones(student, mixed, monkeypatch):  # trap 4
+    """Also where they are an uncommon split of a word, which encoding it again would change."""
     letters = [sft.encode(student, letter)[0] for letter in "how"]
-    assert sft.encode(student, "how") != letters        # decoding and encoding would change it
+    assert sft.encode(student, "how") != letters
     step = iter((letters + [student.end]) * 4)
     monkeypatch.setattr(grpo, "sample", lambda *_: torch.tensor([next(step)]))
     r, = play(student, mixed[1:2])
     for n in range(4):
         assert said(r, n) == letters + [student.end] and r.turns[n]["assistant"] == "how"
+    assert len(r.logps) == len(said(r)) == 16
+
+
+def test_a_row_is_what_the_chat_template_renders(actor, mixed):                     # traps 5, 8
+    """A truncated reply is closed as well, outside the loss."""
+    student, dense = actor
+    rollouts = play(student, mixed[:4], lm=dense)
+    for d, r in zip(mixed, rollouts):
+        chat = json.loads(json.dumps(d["messages"]))
+        replies = [message for message in chat if message["role"] == "assistant"]
+        for n, turn in enumerate(r.turns):
+            assert turn["truncated"] == (student.end not in said(r, n))
+            replies[n]["content"] = turn["assistant"]
+        text = student.tokenizer.decode([i for i in r.ids if i != student.pad]) + "\n"
+        template = student.tokenizer.apply_chat_template(chat, tokenize=False)
+        assert text == template.replace("<|image_pad|>", "")
+    assert {turn["truncated"] for r in rollouts for turn in r.turns} == {True, False}
 
 
 def test_hostile_turns_of_tutor_and_user_forge_nothing(student):                    # trap 7
@@ -115,13 +96,13 @@ def test_control_ids_are_never_sampled(fresh, mixed):                           
     student = fresh()
     forbidden = set(student.tokenizer.added_tokens_decoder) - {student.end}
     forbidden |= set(range(len(student.tokenizer), len(student.allowed)))   # rows without a token
-    biased(student, forbidden, 50.0)
+    bias = torch.tensor([50.0 * (i in forbidden) for i in range(len(student.allowed))])
+    student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     for temperature in (0, 1.0):
         rollouts = play(student, mixed, temperature=temperature)
         assert not {i for r in rollouts for i in said(r)} & forbidden
-    logps, entropy = sft.reply_logps(student, rollouts, images_of(student, mixed))
-    assert torch.isfinite(entropy).all()
-    assert_logps(logps, rollouts)                       # the loss knows the same distribution
+    logps, _ = sft.reply_logps(student, rollouts, images_of(student, mixed))
+    assert_sampled_with(logps, rollouts)                       # the loss knows the same distribution
 
 
 def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):               # trap 1
@@ -140,8 +121,7 @@ def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeyp
     cut = dialogue("cut", "hello", [None, "name two moves. " * 300], images=mixed[0]["images"])
     dialogues = [*mixed, cut, dialogue("short", "one turn")]
     first = play(student, dialogues, lm=dense, temperature=temperature)
-    assert [(len(r.turns), r.cut) for r in first] == [
-        (2, False), (4, False), (2, False), (3, False), (2, False), (1, True), (1, False)]
+    assert first[5].cut and [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1]
     assert not first[5].images and not first[5].grids and student.pad not in first[5].ids
 
     def same_as_before(*order):
@@ -168,7 +148,7 @@ def test_a_long_dialogue_beside_a_long_turn(student):                           
     assert len(a.turns) == len(b.turns) == 2            # each of them fits into its row
 
 
-def test_the_sampler_draws_from_the_softmax():
+def test_the_sampler_draws_from_the_softmax_with_keyed_noise():
     logits = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf])
     uniform = torch.linspace(0, 1, 20001, dtype=torch.float64)
     uniform[-1] = 1 - 2 ** -53                          # the largest number that noise() can give
@@ -178,28 +158,22 @@ def test_the_sampler_draws_from_the_softmax():
     assert share[[0, 3, 5]].sum() == 0
     assert grpo.sample(logits[None], uniform[:1], 0) == 4       # greedy
 
-
-def test_noise_is_a_function_of_its_key_alone():
-    turns = [((0, 1, "x", 2), 1), ((1, 1, "x", 2), 1), ((0, 2, "x", 2), 1), ((0, 1, "y", 2), 1),
-             ((0, 1, "x", 3), 1), ((0, 1, "x", 2), 2)]
-    numbers = np.stack([grpo.noise(key, turn, 500) for key, turn in turns])
+    others = [((1, 1, "x", 2), 1), ((0, 2, "x", 2), 1), ((0, 1, "y", 2), 1), ((0, 1, "x", 2), 2)]
+    numbers = np.stack([grpo.noise(key, turn, 500) for key, turn in others])
     assert len(np.unique(numbers)) == numbers.size and abs(numbers.mean() - 0.5) < 0.03
-    assert (grpo.noise(*turns[0], 4) == numbers[0, :4]).all()
+    assert (grpo.noise(*others[0], 4) == numbers[0, :4]).all()
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.3])
 def test_a_rollout_equals_fresh_forwards(actor, mixed, temperature):    # traps 2, 3, 10, 28, 34
-    """
-    Its log-probabilities are those of the loss and of the whole transformers model without a cache,
-    and the greedy rollout takes the largest.
-    """
+    """Its log-probabilities are those of the loss and of transformers; greedy takes the largest."""
     student, dense = actor
     images, divisor = images_of(student, mixed), temperature or 1.0
     for lm in (None, dense):
         student.model.train()       # with checkpointing on: rollout() has to see to eval mode
         rollouts = play(student, mixed, lm=lm, temperature=temperature)
         student.model.train()
-        assert_logps(sft.reply_logps(student, rollouts, images, divisor)[0], rollouts)
+        assert_sampled_with(sft.reply_logps(student, rollouts, images, divisor)[0], rollouts)
     picked = []
     for r in rollouts:
         with torch.no_grad():
@@ -207,7 +181,7 @@ def test_a_rollout_equals_fresh_forwards(actor, mixed, temperature):    # traps 
         before = [i - 1 for i, turn in enumerate(r.turn_id) if turn >= 0]
         picked.append(logps[before, said(r)])
         assert temperature > 0 or (picked[-1] >= logps[before].amax(-1) - 1e-4).all()
-    assert_logps(torch.cat(picked), rollouts)
+    assert_sampled_with(torch.cat(picked), rollouts)
 
 
 def test_merge_adapter_adds_up_no_rounding(actor):                                  # trap 34
@@ -235,8 +209,7 @@ def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
         for row in rows:
             turns = [{"reward": reward} for reward in row if reward != "cut"]
             rollouts.append(grpo.Rollout(turns=turns, cut="cut" in row))
-        rewards, mask = grpo.reward_table(rollouts, len(rows))
-        return tcsr.advantages(rewards, mask, how=how)[0][0]
+        return tcsr.advantages(*grpo.reward_table(rollouts, len(rows)), how=how)[0][0]
 
     fails = (1, 1, 1, 0, 0)
     assert not advantages(fails, fails, fails, (1, 1, 1, "cut")).any()
@@ -246,22 +219,15 @@ def test_a_rollout_cut_before_the_hard_turns_gains_nothing(how):
     np.testing.assert_allclose(adv[:3], advantages(*siblings))              # they do not change
 
 
-# ---------------------------------------------------------------------- the update
-
 @pytest.fixture(scope="module")
 def played(fresh, mixed):
-    """
-    A learner, three groups of two, advantages per turn, and features. The last group has no
-    advantage. The sampler's log-probabilities are moved, so that ratios differ and some clip.
-    """
-    student = fresh()
-    biased(student, [student.end], 5.0)
+    """Three groups of two, the last one without advantages; ratios are not 1, and some clip."""
+    student, rng = fresh(), np.random.default_rng(3)
     shake(student, 0.02, seed=7)
     rollouts = play(student, [d for d in mixed[1:4] for _ in range(2)])
-    rng = random.Random(3)
     for r in rollouts:
-        r.logps = [logp + rng.gauss(0, 0.2) for logp in r.logps]
-    adv = np.random.default_rng(3).normal(size=(6, 4))
+        r.logps = (r.logps + rng.normal(0, 0.2, len(r.logps))).tolist()
+    adv = rng.normal(size=(6, 4))
     adv[4:] = 0
     return student, rollouts, adv, images_of(student, mixed)
 
@@ -304,31 +270,25 @@ def gradient_of(played, *flags, n=None):
 
 @pytest.mark.parametrize("like, temperature", [("ours", "1.3"), ("released", "0.7")])
 def test_update_against_a_naive_loop(played, like, temperature):                    # traps 24, 31
-    """
-    Ours has the corrected KL loss, the released code has k3. Micro-batches change nothing. A group
-    without variance has a KL loss, but it does not change the policy gradient.
-    """
+    """A group without variance has its KL loss, and leaves the policy gradient as it is."""
     flags = ["--like", like, "--beta", "0.5", "--temperature", temperature]
     naive, expected = naive_update(*played[:3], grpo_args(*flags))
     assert expected["kl"] > 1e-3 and 0.1 < expected["clip"] < 0.9
     for tokens in ("1", "200", "100000"):
         gradient, stats = gradient_of(played, *flags, "--micro_tokens", tokens)
         assert (gradient - naive).norm() < 1e-4 * naive.norm()
-        for name, value in expected.items():
-            assert stats[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert {name: stats[name] for name in expected} == pytest.approx(expected, 1e-4, 1e-5)
     whole, without = (gradient_of(played, "--beta", "0", n=n)[0] for n in (6, 4))
     assert (whole - without).norm() < 1e-5 * without.norm()
 
 
 def test_policy_loss_by_hand():                                                     # trap 32
     logps = torch.full((4,), -1.0, requires_grad=True)
-    old = torch.tensor([-1.5, -1.5, -0.5, -0.5])        # ratios of e^.5 and e^-.5
-    adv = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    old, adv = torch.tensor([[-1.5, -1.5, -0.5, -0.5], [1, -1, 1, -1]])     # ratios e^.5, e^-.5
     policy, kl, k3, clipped = grpo.policy_loss(logps, old, logps.detach(), adv, 0.2, "corrected")
     policy.sum().backward()
-    up, down = np.exp(0.5), np.exp(-0.5)
-    assert policy.tolist() == pytest.approx([-1.2, up, -down, 0.8])
-    assert logps.grad.tolist() == pytest.approx([0, up, -down, 0])      # clipped: no gradient
+    assert policy.tolist() == pytest.approx([-1.2, np.exp(0.5), -np.exp(-0.5), 0.8])
+    assert logps.grad.tolist() == pytest.approx([0, np.exp(0.5), -np.exp(-0.5), 0])
     assert clipped.tolist() == [1, 1, 1, 1] and not kl.any() and not k3.any()
 
     # k3 is exact near 0, where exp(d) - d - 1 is all rounding
@@ -359,28 +319,6 @@ def test_which_divergence_a_kl_loss_descends(kl_loss):
     torch.testing.assert_close(expected, exact)
 
 
-@pytest.mark.parametrize("kl_loss", ["corrected", "k3"])
-def test_loss_and_gradient_equal_trls(kl_loss):
-    trl = pytest.importorskip("trl", minversion="1.16")
-    torch.manual_seed(1)
-    old, ref, adv, change = torch.randn(4, 3, 5)
-    logps, mask = (old + 0.3 * change).requires_grad_(), (torch.rand(3, 5) < 0.7).float()
-    trainer = MagicMock(beta=0.3, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo",
-                        top_entropy_quantile=1.0, importance_sampling_level="token",
-                        off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
-                        _entropy_bonus_enabled=False, **{"model.training": False})
-    trainer.args = SimpleNamespace(use_bias_correction_kl=kl_loss == "corrected", delta=None)
-    trainer.accelerator.gather.return_value = mask      # for metrics only
-    trainer._get_per_token_logps_and_entropies.return_value = logps, 0 * mask, None
-    theirs = trl.GRPOTrainer._compute_loss(trainer, None, {
-        "prompt_ids": mask, "prompt_mask": mask, "completion_ids": mask, "completion_mask": mask,
-        "advantages": adv, "old_per_token_logps": old, "ref_per_token_logps": ref})
-    policy, kl, _, _ = grpo.policy_loss(logps, old, ref, adv, 0.2, kl_loss)
-    ours = ((policy + 0.3 * kl) * mask).sum() / mask.sum()
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs)))
-
-
 def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed):                   # traps 17, 18
     student = fresh()
     rollouts, images = play(student, mixed), images_of(student, mixed)
@@ -392,8 +330,6 @@ def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed):               
         assert p.requires_grad == (".policy." in name)
         assert p.requires_grad or torch.equal(p, before[name])
 
-
-# ---------------------------------------------------------------------- tutor and reward
 
 SCORES = {"safety": 8, "usefulness": 6, "faithfulness": 5}
 GOOD = {"scores": SCORES, "strategy": "deepen", "next_turn": "more?"}
@@ -429,17 +365,13 @@ def test_the_tutor_scores_and_writes_the_next_turn_or_the_script_goes_on(mixed):
     # the request holds the dialogue so far and the candidate for the next turn
     document = json.loads(asked[1]["text"])
     assert document["candidate"] == "and the rest?" and document["kind"] == "red_team"
-    assert document["dialogue"] == [{"user": "what?", "assistant": REPLY},
-                                    {"user": "go on.", "assistant": REPLY}]
+    assert [turn["user"] for turn in document["dialogue"]] == ["what?", "go on."]
+    assert document["dialogue"][1]["assistant"] == REPLY
     assert json.loads(asked[4]["text"])["candidate"] is None
 
     # the released code gives the last turn of the script a 0
     grpo.Tutor(ask, grpo_args("--unjudged_last"))([rollouts[1], rollouts[4]])
     assert rollouts[1].turns[-1]["reward"] > 0 and rollouts[4].turns[-1]["reward"] == 0
-
-
-def reward(like, text):
-    return grpo.turn_reward({"assistant": text}, SCORES, grpo_args("--like", like))
 
 
 def test_like_sets_the_published_algorithms_and_flags_override_it():
@@ -453,16 +385,16 @@ def test_like_sets_the_published_algorithms_and_flags_override_it():
     flags = "--like released --credit turn --alpha 0 --beta 0"
     assert chosen(*flags.split()) == ("turn", True, 0, 0, "k3")
 
-    for like in ("ours", "paper"):
-        assert reward(like, REPLY) == pytest.approx(REWARD) and reward(like, "b") == 0
-    assert reward("released", REPLY) == pytest.approx(1.66)     # 1 for the format
-    assert reward("released", "b") == pytest.approx(0.66)
-    assert reward("released", "a " * 102) == pytest.approx(0.66 - 0.2 * 0.99)
 
-
-@pytest.mark.xfail(strict=True, reason="the released code counts repetition from 24 tokens on")
-def test_the_released_penalty_for_repetition_begins_at_24_tokens():
-    assert reward("released", "la " * 23) == pytest.approx(0.66) > reward("released", "la " * 24)
+@pytest.mark.parametrize("like, text, expected", [
+    ("ours", REPLY, REWARD), ("ours", "b", 0), ("paper", REPLY, REWARD), ("paper", "b", 0),
+    ("released", REPLY, 1.66), ("released", "b", 0.66),         # 1 for the format
+    ("released", "la " * 102, 0.66 - 0.2 * 0.99),               # repeated 3-grams, from 24 tokens
+    pytest.param("released", "la " * 23, 0.66, marks=pytest.mark.xfail(
+        strict=True, reason="repetition counts in shorter replies, too"))])
+def test_like_sets_the_reward(like, text, expected):
+    args = grpo_args("--like", like)
+    assert grpo.turn_reward({"assistant": text}, SCORES, args) == pytest.approx(expected)
 
 
 def test_every_step_has_its_share_of_benign_dialogues():                            # trap 40
@@ -474,13 +406,10 @@ def test_every_step_has_its_share_of_benign_dialogues():                        
         assert 2 <= sum(d["kind"] == "benign" for d in order[i:i + 8]) <= 6
 
 
-# ---------------------------------------------------------------------- the script
-
 def run(monkeypatch, base, data, out, reply, *more):
     """grpo.main() with the tutor reply(text of the request). -> log"""
-    tutor = SimpleNamespace(ask=lambda requests: [reply(r["text"]) for r in requests])
-    monkeypatch.setitem(sys.modules, "mytutor", tutor)
-    flags = "--tutor mytutor --prompts 2 --group 2 --max_turns 2 --max_new 4 --max_tokens 400 " \
+    monkeypatch.setattr(toy, "ask", lambda requests: [reply(r["text"]) for r in requests])
+    flags = "--tutor toy --prompts 2 --group 2 --max_turns 2 --max_new 4 --max_tokens 400 " \
             "--lr 1e-3 --epochs 0.5 --like released --beta 0.1"
     grpo.main(["--model", str(base), "--data", str(data / "rl.jsonl"), "--out", str(out),
                *flags.split(), *more])
@@ -490,17 +419,15 @@ def run(monkeypatch, base, data, out, reply, *more):
 def test_a_run_starts_at_kl_0_and_repeats_itself_bit_for_bit(
         base, adapter, world, tmp_path, monkeypatch, capsys):
     def moody(text):
-        rng = random.Random(text)
-        scores = {name: rng.randint(1, 10) for name in SCORES}
+        scores = dict.fromkeys(SCORES, random.Random(text).randint(1, 10))
         return json.dumps({**GOOD, "scores": scores})
 
     a, b = (run(monkeypatch, base, world, tmp_path / name, moody, "--adapter", str(adapter))
             for name in "ab")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == len(a) + len(b)
     assert max(len(line.partition(" | !")[0]) for line in lines) <= 120     # fits a terminal
     assert {"reward", "return", "harm", "useful", "refused", "dead", "missing", "cut", "truncated",
-            "tokens", "loss", "clip", "entropy", "grad_norm", "healthy", "seconds_tutor"} < set(a[0])
+            "tokens", "loss", "clip", "entropy", "grad_norm", "healthy", "warnings"} < set(a[0])
     assert a[0]["kl"] == 0 < a[-1]["kl"] and max(row["mismatch"] for row in a) < 1e-4
 
     for row in a + b:
@@ -508,9 +435,8 @@ def test_a_run_starts_at_kl_0_and_repeats_itself_bit_for_bit(
     assert a == b
     for name in ("rollouts.jsonl", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    for line in (tmp_path / "a/rollouts.jsonl").open():
-        for turn in json.loads(line)["turns"]:
-            assert {"user", "assistant", "strategy", "safety", "reward", "advantage"} <= set(turn)
+    record = json.loads((tmp_path / "a/rollouts.jsonl").open().readline())
+    assert {"user", "assistant", "safety", "reward", "advantage"} <= set(record["turns"][0])
 
 
 @pytest.mark.parametrize("reply, word", [(json.dumps(GOOD), "signal"), ("gone", "gone")])

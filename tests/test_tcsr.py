@@ -191,8 +191,6 @@ def test_what_cannot_be_meant_is_an_error():
         tcsr.credit([[1, 1], [1, 1]], [[True, True], [True, False]], how="sum")
     with pytest.raises(ValueError, match="last"):
         tcsr.credit([1.0], how="last")
-    with pytest.raises(ValueError, match="finite"):
-        tcsr.tcsr([np.inf])
     with pytest.raises(ValueError, match="1..10"):
         tcsr.turn_reward(11, 1, 1)
 
