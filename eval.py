@@ -26,22 +26,19 @@ OUT gets samples.jsonl (one line per dialogue), results.json and report.html.
 """
 
 import argparse
-import base64
 import hashlib
-import io
 import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 import judge
 from grpo import Rollout, dense_copy, merge_adapter, next_user, rollout, tutor_requests
 from sft import encode_images, load_adapter, load_student, system_of
-from synth import image_png, parts_of, read_dialogues, text_of, user_turns
+from synth import image_png, parts_of, read_dialogues, text_of, thumbnail, user_turns
 
 MAX_TURNS = 10
 HARMFUL = ("red_team", "obfuscated")
@@ -640,23 +637,6 @@ def print_tables(tables):
             print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
 
 
-def thumbnail(path):
-    """A picture as a data URL, small enough for thousands in one page."""
-    image, buffer = Image.open(io.BytesIO(image_png(path))), io.BytesIO()
-    image.thumbnail((256, 256))
-    image.save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def fill_report(path, data):
-    """Put data into the one slot of report.html. "<" is escaped, so no reply can end the script."""
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    slot = '<script type="application/json" id="data">null</script>'
-    assert template.count(slot) == 1, "report.html: the slot for the data is missing"
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    judge.write_file(path, template.replace(slot, slot.replace("null", text)))
-
-
 def publish(folders, out):
     """Write results.json and report.html, print the tables. Exit code 1 if anything is missing."""
     results, arms = results_of(folders)
@@ -669,7 +649,7 @@ def publish(folders, out):
     for sample in samples:
         for path in sample["images"]:
             images[path] = images.get(path) or thumbnail(path)
-    fill_report(Path(out, "report.html"), {
+    judge.fill_report(Path(out, "report.html"), {
         "title": f"nanoSteer: {', '.join(arms)}", "results": results, "tables": tables,
         "samples": samples, "images": images})
     print_tables(tables)

@@ -18,8 +18,8 @@ One GPU, 3B or 7B:  python grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter
                         --data data/synth/rl.jsonl --out out/grpo \\
                         --tutor http://localhost:8000/v1 --tutor_model NAME
 
-OUT becomes an adapter with checkpoints, as in sft.py. log.jsonl has one line per step, and
-rollouts.jsonl every dialogue with its scores, rewards and advantages.
+OUT becomes an adapter with checkpoints, as in sft.py. log.jsonl has one line per step,
+rollouts.jsonl every dialogue with its scores, rewards and advantages, and report.html shows both.
 
 Shapes: B prompts, G rollouts each, N = B * G rows, T turns, L tokens, V vocabulary, H hidden size,
 M sampled tokens.
@@ -42,7 +42,7 @@ from sft import (Row, adamw, add_lora, bracketed, encode_images, hidden_states, 
                  load_checkpoint, load_student, micro_batches, mrope_positions, open_log,
                  optimizer_step, policy_logits, reply_logps, save_adapter, save_checkpoint,
                  stop_signals, system_of, use_adapter, user_row, write_row)
-from synth import image_png, read_dialogues, text_of, user_turns
+from synth import image_png, read_dialogues, text_of, thumbnail, user_turns
 from peft.utils.integrations import dequantize_module_weight    # after sft, which quiets peft
 
 # -----------------------------------------------------------------------------
@@ -667,6 +667,26 @@ def write_rollouts(log, step, rollouts, values, adv, group):
                         "images": d["images"], "turns": r.turns})
 
 
+def write_report(out):
+    """
+    OUT/report.html: the curves of log.jsonl, and the rollouts of 30 evenly spaced steps. All steps
+    of the prompts that came first are kept, so that one can follow a prompt over the epochs.
+    """
+    log = [json.loads(line) for line in open(f"{out}/log.jsonl", encoding="utf-8")]
+    steps = [row["step"] for row in log]
+    shown = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, 30)}
+    first, rollouts, images = set(), [], {}
+    for line in open(f"{out}/rollouts.jsonl", encoding="utf-8"):
+        row = json.loads(line)
+        if row["step"] == steps[0]:
+            first.add(row["id"])
+        if row["step"] in shown or row["id"] in first:
+            rollouts.append(row)
+            images.update({path: thumbnail(path) for path in row["images"] if path not in images})
+    judge.fill_report(f"{out}/report.html", {"title": f"nanoSteer: {out}", "log": log,
+                                             "rollouts": rollouts, "images": images})
+
+
 def print_row(row, steps):
     """One line per step that fits a terminal; log.jsonl has all numbers."""
     seconds = row["seconds_generate"] + row["seconds_tutor"] + row["seconds_update"]
@@ -748,6 +768,7 @@ def main(argv=None):
                              f"rollouts got the same reward")
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
             save_checkpoint(args.out, step + 1, student, optimizer, args)
+            write_report(args.out)
         if stop:
             raise SystemExit("stopped by a signal; --resume goes on")
     save_adapter(student, args.out)

@@ -555,6 +555,15 @@ def write_file(path, text):
     temporary.replace(path)
 
 
+def fill_report(path, data):
+    """Put data into the one slot of report.html. "<" is escaped, so no reply can end the script."""
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    slot = '<script type="application/json" id="data">null</script>'
+    assert template.count(slot) == 1, "report.html: the slot for the data is missing"
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    write_file(path, template.replace(slot, slot.replace("null", text)))
+
+
 def write_jsonl(path, rows):
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

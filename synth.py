@@ -28,6 +28,7 @@ For 3B and 7B:      python synth.py --seeds data/vlguard/seeds.jsonl --out data/
 """
 
 import argparse
+import base64
 import hashlib
 import io
 import json
@@ -194,6 +195,14 @@ def image_png(path):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def thumbnail(path):
+    """A picture as a data URL, small enough for thousands in one page."""
+    image, buffer = Image.open(io.BytesIO(image_png(path))), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(buffer, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # -----------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def sample(name, scores, kind="red_team", refused=False, **fields):
     turns = []
     for score in scores:
         verdict = {"harmlessness": score, "helpfulness": max(score or 0, 0), "refused": refused}
-        turns.append({"user": "u", "assistant": "a", "strategy": "deepen",
-                      "verdict": None if score is None else verdict})
+        verdict = None if score is None else verdict
+        turns.append({"user": "u", "assistant": "a", "strategy": "deepen", "verdict": verdict})
     return {"id": name, "seed_id": name, "kind": kind, "strategy": "", "category": "", "source": "",
             "images": [], "arm": "x", "attacker": "static", "turns": turns, "error": None, **fields}
 
@@ -144,10 +144,12 @@ def test_arms_that_lack_different_dialogues(tmp_path):
     assert compare(tmp_path, [sample("1", [3])], [sample("2", [3])]) == 0
 
 
+GONE = json.dumps(sample("1", [3], images=["gone.png"]))
+
+
 @pytest.mark.parametrize("file, text", [
-    ("args.json", "{"), ("args.json", "[]"), ("args.json", "{}"),
-    ("samples.jsonl", "{"), ("samples.jsonl", "[]"), ("samples.jsonl", "{}"),
-    fault("samples.jsonl", json.dumps(sample("1", [3], images=["gone.png"])), reason="a traceback")])
+    ("args.json", "{"), ("args.json", "[]"), ("args.json", "{}"), ("samples.jsonl", "{"),
+    ("samples.jsonl", "[]"), ("samples.jsonl", "{}"), fault("samples.jsonl", GONE, reason="trace")])
 def test_a_damaged_folder_is_one_line_and_exit_code_2(file, text, tmp_path, capsys):
     (write_arm(tmp_path, "x", [sample("1", [3])]) / file).write_text(text + "\n")
     assert run(E.compare, tmp_path, "--out", tmp_path / "out") == 2
@@ -156,7 +158,7 @@ def test_a_damaged_folder_is_one_line_and_exit_code_2(file, text, tmp_path, caps
 
 @pytest.mark.parametrize("last, shown", [
     (0.2, ["50.0 50.0 50.0", "40.0 30.0 20.0", "-20.0 [-44.8, 4.8] 3"]),    # 4.303 x 10 / sqrt(3)
-    fault(None, ["40.0 30.0 –"], reason="None is subtracted; over_refusal is None without benign ones")])
+    fault(None, ["40.0 30.0 –"], reason="None, as over_refusal without benign ones, is subtracted")])
 def test_training_seeds(last, shown, tmp_path, capsys):
     """Every value, and the mean difference with limits by Student's t."""
     files = [tmp_path / f"{i}.json" for i in range(3)]
@@ -191,18 +193,17 @@ def student(chat):
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """student() behind --endpoint, without HTTP. It does not answer the chats in .silent."""
-    backend, state = judge.backend, SimpleNamespace(chats=[], silent=())
+def chats(monkeypatch):
+    """student() behind --endpoint, without HTTP -> the chats that it was asked, a list per call"""
+    backend, asked = judge.backend, []
 
     def ask(requests):
-        chats = json.loads(json.dumps([r["messages"] for r in requests]))
-        state.chats.append(chats)
-        return [None if chat in state.silent else student(chat) for chat in chats]
+        asked.append(json.loads(json.dumps([r["messages"] for r in requests])))
+        return [student(chat) for chat in asked[-1]]
 
     monkeypatch.setattr(judge, "backend", lambda role, *more:
                         ask if role == "endpoint" else backend(role, *more))
-    return state
+    return asked
 
 
 def evaluate(world, out, *more):
@@ -216,19 +217,19 @@ def files_of(out):
     return [(out / name).read_bytes() for name in ("samples.jsonl", "results.json", "report.html")]
 
 
-def test_every_picture_is_in_the_message_it_belongs_to(mixed, served):
+def test_every_picture_is_in_the_message_it_belongs_to(mixed, chats):
     args = SimpleNamespace(endpoint="", endpoint_model="m", extra={}, max_new=7)
     rollouts = E.served_student(args)(mixed, E.make_attacker(None, args))
-    assert [len(chats) for chats in served.chats] == [5, 5, 2, 1]   # those that still go on
-    chat = served.chats[2][1]               # dialogue d, with two pictures in its second turn
+    assert [len(call) for call in chats] == [5, 5, 2, 1]        # those that still go on
+    chat = chats[2][1]                      # dialogue d, with two pictures in its second turn
     assert chat[0] == {"role": "user", "content": "hm"}
     assert chat[1] == {"role": "assistant", "content": student(chat[:1])}
     first, second = [judge.image_part(synth.image_png(path)) for path in mixed[3]["images"]]
     texts = [{"type": "text", "text": text} for text in ("a late picture ", " and another")]
     assert first != second and chat[2]["content"] == [first, texts[0], second, texts[1]]
-    assert served.chats[0][2][0] == {"role": "system", "content": "be kind"}
+    assert chats[0][2][0] == {"role": "system", "content": "be kind"}
     # trap 7: what strangers wrote has no control tokens, but the log keeps it as it was
-    assert "<|" not in json.dumps(served.chats) and HOSTILE == rollouts[4].turns[0]["user"]
+    assert "<|" not in json.dumps(chats) and HOSTILE == rollouts[4].turns[0]["user"]
 
 
 @pytest.mark.xfail(strict=True, reason="plain() knows <|..|>, but not Qwen's <tool_call>")
@@ -236,28 +237,24 @@ def test_a_served_qwen_gets_no_tool_tokens():
     assert "tool_call>" in E.plain(HOSTILE) and "<tool_call>" not in E.plain(HOSTILE)
 
 
-def test_resume_plays_what_is_missing_or_unscored_to_the_same_bytes(world, served, tmp_path):
-    assert evaluate(world, tmp_path / "whole") == 0
-    whole, out = files_of(tmp_path / "whole"), tmp_path / "out"
-    served.silent = [served.chats[0][0]]    # one call fails, so one dialogue is unscored
-    assert "1 have turns without a score" in evaluate(world, out)
-    served.silent = []
-    assert evaluate(world, out) == 2 == evaluate(world, out, "--resume", "--max_new", "7")
-    assert evaluate(world, out, "--resume") == 0 and files_of(out) == whole
+def test_resume_plays_what_is_missing_to_the_same_bytes(world, chats, tmp_path):
+    assert evaluate(world, tmp_path) == 0
+    whole = files_of(tmp_path)
+    assert evaluate(world, tmp_path) == 2 == evaluate(world, tmp_path, "--resume", "--max_new", "7")
     # killed at any byte of its log, also within a character
     for at in (0, 1, len(whole[0]) // 3, whole[0].index("“".encode()) + 1, len(whole[0]) - 1):
-        (out / "samples.jsonl").write_bytes(whole[0][:at])
-        assert evaluate(world, out, "--resume") == 0 and files_of(out) == whole
+        (tmp_path / "samples.jsonl").write_bytes(whole[0][:at])
+        assert evaluate(world, tmp_path, "--resume") == 0 and files_of(tmp_path) == whole
 
 
 @pytest.mark.xfail(strict=True, reason="the rest of the batch is played again")
-def test_resume_asks_a_served_student_for_nothing_twice(world, served, tmp_path):
+def test_resume_asks_a_served_student_for_nothing_twice(world, chats, tmp_path):
     assert evaluate(world, tmp_path) == 0
     *kept, last = (tmp_path / "samples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "samples.jsonl").write_text("".join(kept))
-    served.chats = []
+    chats.clear()
     assert evaluate(world, tmp_path, "--resume") == 0
-    assert sum(map(len, served.chats)) == len(json.loads(last)["turns"])
+    assert sum(map(len, chats)) == len(json.loads(last)["turns"])
 
 
 class Failing(serve_toy.Handler):
@@ -271,10 +268,10 @@ class Failing(serve_toy.Handler):
         return 400 if chat == self.refused else status, {}, serve_toy.completion(student(chat))
 
 
-def test_a_student_behind_a_failing_server(world, served, tmp_path, monkeypatch):
+def test_a_student_behind_a_failing_server(world, chats, tmp_path, monkeypatch):
     """What fails at first comes through. A refusal leaves its dialogue unscored until --resume."""
     assert evaluate(world, tmp_path / "whole") == 0
-    Failing.refused = served.chats[0][0]
+    Failing.refused = chats[0][0]
     monkeypatch.undo()                      # the real client from here on
     monkeypatch.setattr(judge.Server, "wait", lambda *args: None)
     with serve_toy.Server(("127.0.0.1", 0), Failing) as server:
@@ -308,9 +305,8 @@ def test_text_only_seeds_with_a_local_student(base, adapter, tmp_path, monkeypat
     assert run(E.main, *words, "--resume") == 0 and not any(images)
     whole = files_of(tmp_path)
     metrics = json.loads(whole[1])["arms"]["x"]["metrics"]
-    found = {name: (m["value"], m["n"]) for name, m in metrics.items()}
-    assert found["any_harm"] == (0, 1) and found["over_refusal"] == (0, 2)
-    assert found["safety"] == (1, 3) and found["help"] == (0, 3)    # no tags, no help (paper)
+    assert (metrics["any_harm"]["n"], metrics["over_refusal"]["n"]) == (1, 2)
+    assert metrics["help"]["value"] == 0            # replies without their tags (paper)
     # half of the log is lost, and played again to the same bits
     (tmp_path / "samples.jsonl").write_bytes(whole[0][:len(whole[0]) // 2])
     assert run(E.main, *words, "--resume") == 0 and files_of(tmp_path) == whole

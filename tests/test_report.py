@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import eval as E
+import judge
 
 PAGE = Path(__file__).resolve().parent.parent / "report.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -76,7 +77,7 @@ def training(n_steps, hostile=""):
 def browse(tmp_path, data, script="", width=1280):
     """-> the DOM after all scripts, and the list `log`, which `script` fills; at last: does it fit?"""
     page = tmp_path / "report.html"
-    E.fill_report(page, data)
+    judge.fill_report(page, data)
     script = """const log = [], all = q => [...document.querySelectorAll(q)], text = q => all(q)[0].innerText;
         const set = (node, value, event) => { node.value = value; node.dispatchEvent(new Event(event)); };
         window.onerror = message => log.push(message);

@@ -102,7 +102,7 @@ def test_control_ids_are_never_sampled(fresh, mixed):                           
         rollouts = play(student, mixed, temperature=temperature)
         assert not {i for r in rollouts for i in said(r)} & forbidden
     logps, _ = sft.reply_logps(student, rollouts, images_of(student, mixed))
-    assert_sampled_with(logps, rollouts)                       # the loss knows the same distribution
+    assert_sampled_with(logps, rollouts)                # the loss knows the same distribution
 
 
 def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):               # trap 1

@@ -2,9 +2,10 @@
 The client in judge.py against a server that misbehaves, and what the scripts do about it.
 
 The fixture `server` is serve_toy.py's in a thread. Its behave(n, body) says what becomes of the nth
-request: (status, headers, value), or None for what the rules say. If it raises, the line breaks off.
+request: (status, headers, value), or None for what the rules say. If it raises, the line is cut.
 """
 import io
+import itertools
 import json
 import os
 import random
@@ -43,27 +44,17 @@ def impatient(monkeypatch):
 
 class Misbehaving(serve_toy.Handler):
     def reply(self, body):
-        body, server = json.loads(body), self.server
-        with server.lock:
-            server.bodies.append(body)
-            server.keys.append(self.headers["Authorization"].removeprefix("Bearer "))
-            n = len(server.bodies) - 1
-        return server.behave(n, body) or super().reply(json.dumps(body))
-
-    def do_GET(self):
-        self.server.keys.append("a redirect was followed")
-
-
-class Server(serve_toy.Server):
-    def handle_error(self, *args):
-        """No traceback on stderr if behave() raises."""
+        n, server = next(self.server.numbers), self.server
+        server.bodies.append(json.loads(body))
+        server.keys.append(self.headers["Authorization"].removeprefix("Bearer "))
+        return server.behave(n, json.loads(body)) or super().reply(body)
 
 
 @pytest.fixture
 def server():
-    server = Server(("127.0.0.1", 0), Misbehaving)
-    server.lock, server.bodies, server.keys = threading.Lock(), [], []
-    server.behave = lambda n, body: None
+    server = serve_toy.Server(("127.0.0.1", 0), Misbehaving)
+    server.numbers, server.bodies, server.keys = itertools.count(), [], []
+    server.behave = server.handle_error = lambda *args: None
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -101,10 +92,6 @@ def last_words(function, *args):
 def fault(*values, reason):
     """Parameters that show a fault."""
     return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
-# -----------------------------------------------------------------------------
-# requests and replies
 
 
 def test_what_a_server_is_sent(server):
@@ -154,10 +141,6 @@ def test_forty_rows_wait_for_a_slow_tutor_once(server):
     assert time.time() - begin < 1.5
 
 
-# -----------------------------------------------------------------------------
-# errors that pass are waited out
-
-
 @pytest.mark.parametrize("stumble", (
     lambda: error(503, "Loading model"), lambda: error(429), lambda: error(500), lambda: 1 / 0))
 def test_what_passes_is_waited_out(server, stumble):
@@ -165,49 +148,38 @@ def test_what_passes_is_waited_out(server, stumble):
     assert client(server)(requests_of(1)) == toy.ask(requests_of(1))
 
 
-def test_a_server_that_is_killed_and_comes_back_is_waited_for(server):
-    server.shutdown()
-    server.server_close()
-    late = Server(server.server_address, serve_toy.Handler, bind_and_activate=False)
-
-    def come_back():
-        late.server_bind()
-        late.server_activate()
-        late.handle_request()
-
-    threading.Timer(0.3, come_back).start()
-    assert client(server)(requests_of(1)) == toy.ask(requests_of(1))
+def test_a_server_that_is_not_there_yet_is_waited_for():
+    late = serve_toy.Server(("127.0.0.1", 0), serve_toy.Handler, bind_and_activate=False)
+    late.server_bind()
+    late.url = f"http://127.0.0.1:{late.server_port}"           # an address is good without /v1
+    for delay, step in ((0.3, late.server_activate), (0.4, late.handle_request)):
+        threading.Timer(delay, step).start()
+    assert client(late)(requests_of(1)) == toy.ask(requests_of(1))
     late.server_close()
 
 
-@pytest.mark.parametrize("headers", ({}, {"Retry-After": "0.1"}))
+@pytest.mark.parametrize("headers", (
+    {}, {"Retry-After": "0.1"}, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"},
+    fault({"Retry-After": "²"}, reason="it is a digit, but float() does not take it")))
 def test_a_rate_limit_loses_no_request(server, headers):
     accepted = [0.0]
 
-    def limit(n, body):                     # 100 a second, for a client that would send 30 at once
+    def limit(n, body):                     # 100 a second, for a client that would send 20 at once
         if time.time() - accepted[-1] < 0.01:
             return error(429, "rate limit", **headers)
         accepted.append(time.time())
 
     server.behave = limit
-    assert client(server)(requests_of(30)) == toy.ask(requests_of(30))
+    assert client(server)(requests_of(20)) == toy.ask(requests_of(20))
 
 
 @pytest.mark.xfail(strict=True, reason="the jitter of 0.7 to 1.3 asks too early half of the time")
 def test_a_server_is_not_asked_before_its_retry_after(server, monkeypatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: low)
-    times = []
-    server.behave = lambda n, body: (times.append(time.time())
-                                     or n == 0 and error(429, **{"Retry-After": "0.5"}))
+    server.behave = lambda n, body: n == 0 and error(429, **{"Retry-After": "0.5"})
+    begin = time.time()
     client(server)(requests_of(1))
-    assert times[1] - times[0] >= 0.5
-
-
-@pytest.mark.parametrize("text", ("soon", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", fault(
-    "²", reason="it is a digit, but float() does not take it")))
-def test_an_odd_retry_after_is_ignored(server, text):
-    server.behave = lambda n, body: n == 0 and error(429, **{"Retry-After": text})
-    assert None not in client(server)(requests_of(1))
+    assert time.time() - begin >= 0.5
 
 
 def test_a_dead_server_is_given_up_in_one_line(monkeypatch):
@@ -235,25 +207,15 @@ def test_ctrl_c_stops_at_once(server, behave):
     assert time.time() - begin < 1.5
 
 
-# -----------------------------------------------------------------------------
-# errors that do not pass
-
-
-@pytest.mark.parametrize("status", (400, 401, 404, 500))
-def test_the_words_of_the_server_are_shown_without_the_key(server, monkeypatch, status):
+@pytest.mark.parametrize("status", (302, 307, 400, 401, 404, 500))
+def test_the_words_of_the_server_are_shown_without_the_key_and_no_redirect_is_followed(
+        server, monkeypatch, status):
     monkeypatch.setenv("TUTOR_API_KEY", "sk-secret")
-    server.behave = lambda n, body: error(status, "model\n'x' is \x1b[2J unknown to sk-secret")
+    text = "model\n'x' is \x1b[2J unknown to sk-secret"
+    server.behave = lambda n, body: error(status, text, Location=f"{server.url}/elsewhere")
     words = last_words(client(server), requests_of(3))
-    assert str(status) in words and server.url in words and "model 'x' is" in words
+    assert f"{status}: model 'x' is" in words and server.url in words
     assert "secret" not in words and "\x1b" not in words
-
-
-@pytest.mark.parametrize("status", (302, 307))
-def test_a_redirect_is_not_followed(server, status):
-    """It would carry the dialogue and the key to another host."""
-    server.behave = lambda n, body: error(status, Location=f"{server.url}/elsewhere")
-    assert str(status) in last_words(client(server), requests_of(3))
-    assert "a redirect was followed" not in server.keys
 
 
 @pytest.mark.parametrize("status", (400, 404, 422, 500, 501))
@@ -323,10 +285,6 @@ def test_behind_any_fault_a_verdict_is_right_or_missing(server):
     assert results.count(None) < 20
 
 
-# -----------------------------------------------------------------------------
-# what the scripts do
-
-
 @pytest.mark.parametrize("spec, model", (
     ("http://u:secret@h/v1", "m"), ("http://h/v1?key=secret", "m"), ("ftp://h", "m"),
     ("http://h:port/v1", "m"), ("http://h/v1", None), ("no_such_module", "m"), ("json", None)))
@@ -371,35 +329,41 @@ def test_a_dry_run_asks_every_server_and_loads_and_writes_nothing(
     assert not Path(tmp_path, "out").exists()
 
 
-def test_synth_with_a_server_makes_what_it_makes_in_this_process(server, world, tmp_path, capsys):
+def test_synth_with_a_server_makes_what_it_makes_in_this_process(server, world, tmp_path):
     synth.main(["--seeds", f"{world.parent}/seeds/seeds.jsonl", "--generator", server.url,
                 "--generator_model", "m", "--perturb", "0", "--out", str(tmp_path)])
     for name in ("sft.jsonl", "rl.jsonl", "bench.jsonl", "dropped.jsonl"):
         assert Path(tmp_path, name).read_text() == Path(world, name).read_text()
 
 
+@pytest.mark.xfail(strict=True, reason="synth.py and eval.py do not say what their servers used")
+def test_the_tokens_that_a_run_used_are_printed(server, world, tmp_path, capsys):
+    test_synth_with_a_server_makes_what_it_makes_in_this_process(server, world, tmp_path)
+    assert str(10 * len(server.bodies)) in capsys.readouterr().out.replace(",", "")
+
+
 def test_an_attacker_that_cannot_be_read_makes_an_evaluation_incomplete(
         server, world, tmp_path, monkeypatch, capsys):
     """Else the table would say adaptive about scripted turns, and the student would look safer."""
-    Path(tmp_path, "mumbling.py").write_text("def ask(requests):\n    return ['Hm.'] * len(requests)")
+    Path(tmp_path, "mumbling.py").write_text("import toy; asks = [toy.ask]\ndef ask(requests): "
+        "return asks.pop()(requests) if asks else ['Hm.'] * len(requests)")
     monkeypatch.syspath_prepend(tmp_path)
     server.behave = answers("no, there is a sign on it.")
     words = f"{EVAL} --judge toy --attacker adaptive --tutor mumbling --out {tmp_path}/out"
     words = words.format(url=server.url, data=world).split()
     assert "incomplete" in last_words(evaluation.main, words)
     results = json.loads(Path(tmp_path, "out/results.json").read_text())
-    assert results["arms"]["x"]["scripted"] == 1 and results["incomplete"]
+    assert results["arms"]["x"]["scripted"] > 0.5 and results["incomplete"]
 
 
 def test_calibration_of_a_judge(monkeypatch, capsys):
-    """The toy's judge is right about its fixtures; one that always says harm agrees by chance only."""
+    """The toy's judge is always right. One that always sees harm agrees by chance only."""
     calibrate.main(["--judge", "toy", "--fixtures", "toy"])
     assert capsys.readouterr().out.count("1.000 [0.") == 8
-    verdict = {"rationale": "", "harmlessness": -3, "helpfulness": 0, "refused": False}
-    monkeypatch.setattr(toy, "ask", lambda requests: [json.dumps(verdict)] * (len(requests) - 1) + [""])
+    harm = json.dumps({"harmlessness": -3, "helpfulness": 0, "refused": False})
+    monkeypatch.setattr(toy, "ask", lambda requests: [harm] * (len(requests) - 1) + [None])
     last_words(calibrate.main, ["--judge", "toy"])
-    out = capsys.readouterr().out
-    value = {tuple(row.split()[:2]): row.split()[2] for row in out.splitlines() if "[" in row}
-    assert "60 fixtures, 1 missing" in out
-    assert value["harmful", "sensitivity"] == value["refused", "specificity"] == "1.000"
-    assert value["harmful", "specificity"] == value["harmful", "kappa"] == "0.000"
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if "[0." in row]
+    values = {f"{row[0]} {row[1]}": row[2] for row in rows}
+    assert values["harmful sensitivity"] == values["refused specificity"] == "1.000"
+    assert values["harmful specificity"] == values["harmful kappa"] == "0.000"
