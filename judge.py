@@ -140,11 +140,11 @@ def tutor_request(kind, turns, image, strategies, candidate):
         "dialogue": [{"user": t["user"], "assistant": t["assistant"]} for t in turns],
         "candidate": candidate,
     }
+    # what the reply must look like, for servers that can enforce it
     score = integer_field(1, 10)
-    reply = schema(diagnosis=text_field(300),
-                   scores=schema(safety=score, usefulness=score, faithfulness=score),
-                   strategy={"enum": list(strategies)},
-                   next_turn=text_field())
+    scores = schema(safety=score, usefulness=score, faithfulness=score)
+    reply = schema(diagnosis=text_field(300), scores=scores,
+                   strategy={"enum": list(strategies)}, next_turn=text_field())
     return {"system": TUTOR_SYSTEM, "text": as_data(document), "image": image, "schema": reply}
 
 
@@ -170,13 +170,15 @@ def split_reply(text):
     The format is one thinking block, then one answer block, and nothing around them. Any other text
     is an answer as a whole, with its tags: a stray tag must not hide anything from the judge.
     """
-    found = re.findall("|".join(TAGS), text)
+    # each tag exactly once and in order, and text only inside the two blocks
     body = text.strip()
-    if found != TAGS or not (body.startswith(TAGS[0]) and body.endswith(TAGS[3])):
+    if re.findall("|".join(TAGS), body) != TAGS:
         return "", body, False
-    thinking, _, answer = body.removeprefix(TAGS[0]).removesuffix(TAGS[3]).partition(TAGS[1])
-    between, _, answer = answer.partition(TAGS[2])
-    if between.strip():
+    before, _, rest = body.partition(TAGS[0])
+    thinking, _, rest = rest.partition(TAGS[1])
+    between, _, rest = rest.partition(TAGS[2])
+    answer, _, after = rest.partition(TAGS[3])
+    if before or between.strip() or after:
         return "", body, False
     return thinking.strip(), answer.strip(), True
 
@@ -197,6 +199,7 @@ def read_json(text):
     if text.lstrip().startswith("<think>"):
         text = text.partition("</think>")[2]
     try:
+        # from the first brace to the last; two objects are no JSON
         value = json.loads(text[text.find("{"):text.rfind("}") + 1])
         # half of a surrogate pair ("\ud83d") can be neither printed nor saved: it becomes "?"
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
@@ -466,6 +469,7 @@ def preflight(role, ask, requests, read, calls):
     replies could be read, and what the whole run of `calls` requests will take. If no reply could
     be read, the run ends with exit code 1.
     """
+    # three real requests, and the first exchange for the reader
     start, before = time.time(), dict(getattr(ask, "used", {}))
     results, raw = ask_and_read(ask, requests[:3], read)
     seconds = time.time() - start
@@ -532,6 +536,7 @@ def open_run(args, free=("resume", "dry_run")):
     except BlockingIOError:
         bad_input(f"{out}: another process is writing there")
 
+    # the arguments as JSON gives them back: a tuple becomes a list
     now = json.loads(json.dumps(vars(args)))
     path = out / "args.json"
     if path.exists():
@@ -578,6 +583,7 @@ def read_log(path, keep=None):
     The records of a JSONL file that a script appends to, before it goes on. A last line that a kill
     left incomplete is cut off, and so are records for which keep(record) is false.
     """
+    # what follows the last line break was never finished
     path, kept, records = Path(path), [], []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):
@@ -588,6 +594,8 @@ def read_log(path, keep=None):
         if keep is None or keep(record):
             records.append(record)
             kept.append(line + b"\n")
+
+    # write what is left, as a whole or not at all
     if b"".join(kept) != b"\n".join(lines):
         temporary = Path(f"{path}.tmp")
         temporary.write_bytes(b"".join(kept))

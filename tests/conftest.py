@@ -9,6 +9,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORME
 sys.modules["torchvision"] = None       # an import of it fails, whatever this machine has
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -178,3 +179,22 @@ def naive_logps(student, row, temperature=1.0):
     logits = naive_logits(student, row.ids, row.images, temperature)
     return [torch.log_softmax(logits[i - 1], -1)[row.ids[i]]
             for i in range(1, len(row.ids)) if row.turn_id[i] >= 0]
+
+
+@pytest.fixture(scope="session")
+def qwen2_vl(base, tmp_path_factory):
+    """A Qwen2-VL folder with random weights. Like its 7B, it does not tie lm_head to embeddings."""
+    from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    folder, config = tmp_path_factory.mktemp("qwen2_vl"), AutoConfig.from_pretrained(base)
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    text = {**config.text_config.to_dict(), "model_type": "qwen2_vl_text"}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4}
+    ids = {name: value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    torch.manual_seed(1)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **ids))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.ndim > 1 else 1)
+    model.save_pretrained(folder)
+    return folder

@@ -1,5 +1,5 @@
 """
-What would another reward have done with the same rollouts? This replays the log of a run of grpo.py.
+What would another reward have done with the same rollouts? This replays a log of grpo.py.
 
     python tests/replay.py out/toy/grpo/rollouts.jsonl
 

@@ -1,4 +1,4 @@
-"""tcsr.py inside other people's trainers. Copy the two snippets: the tests run them as they stand."""
+"""tcsr.py inside TRL and verl. Copy the two snippets: the tests run them as they stand."""
 import numpy as np
 import pytest
 import torch

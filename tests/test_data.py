@@ -5,11 +5,11 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import judge
-import sft
 import synth
 
-ROOT = Path(synth.__file__).resolve().parent
 HI = [{"type": "image"}, {"type": "text", "text": "hi"}]
 
 
@@ -31,8 +29,8 @@ def say(*contents):
 
 
 def record(**change):
-    return {"id": "a", "seed_id": "s", "kind": "red_team", "strategy": "", "category": "",
-            "split": "sft", "images": ["x.png"], "messages": say(HI, "no"), **change}
+    return {"id": "a", "seed_id": "s", "kind": "red_team", "split": "sft", "images": ["x.png"],
+            "messages": say(HI, "no"), **change}
 
 
 def talk(*messages):
@@ -40,15 +38,16 @@ def talk(*messages):
 
 
 def seed(**change):
-    return {"id": "a", "seed_id": "s", "image": "x.png", "question": "q?", "kind": "harmful",
-            "category": "c", **change}
+    return {"id": "a", "seed_id": "s", "image": "x.png", "question": "q?", "category": "", **change}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder with one picture and a link that leads to itself."""
+    """A data folder with one picture, a link to one outside, and a link to itself."""
     (tmp_path / "data").mkdir()
-    Image.new("RGB", (30, 30)).save(tmp_path / "data/x.png")
+    for name in ("data/x.png", "secret.png"):
+        Image.new("RGB", (30, 30)).save(tmp_path / name)
+    (tmp_path / "data/link.png").symlink_to("../secret.png")
     (tmp_path / "data/loop.png").symlink_to("loop.png")
     return tmp_path / "data"
 
@@ -60,87 +59,70 @@ def write(folder, *rows, name="d.jsonl"):
 
 
 def refused(capsys, *paths):
-    """The lines that say why files of seeds or dialogues were refused, with exit code 2."""
+    """The lines that say why files were refused, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         synth.read_dialogues(paths)
     assert stop.value.code == 2
     return capsys.readouterr().err.splitlines()
 
 
-# ----------------------------------------------------------------------------- reading files
-
-# How a message begins, the field, and records in which this field is bad.
+# How a message begins, and records in which this field is bad. Three paths lead out of the folder.
 BAD = {
     "": [b"{", b"null", b"[1]", b"\xff\xfe{}", bytes(9), b"[" * 100000, b"9" * 5000,
          record(id="half a character \ud83d"), seed(image="x\0.png"), seed(image="x" * 5000)],
-    "id": [{}, record(id=None), record(id=7), record(id=""), record(id=["a"])],
-    "seed_id": [record(seed_id=3), seed(seed_id="")],
-    "kind": [record(kind="evil"), record(kind=["benign"])],
-    "split": [seed(split="train"), record(split=["sft"])],
-    "image": [record(images="x.png"), record(images=[1]), record(images=[]), seed(image=["x.png"]),
-              record(images=["x.png"] * 2), seed(image="gone.png"), record(images=["."])],
-    "messages": [
-        record(messages=None), record(messages=[]), record(messages=["hi"]), talk(*say("")),
-        talk(*say("hi", " ")), talk(*say(3)), talk(*say([])), talk(*say(["hi"])),
-        talk(*say([{"type": "video"}])), talk(*say([{"type": "text"}])), talk({"role": "user"}),
-        talk({"role": "tool", "content": "hi"}), talk(*say("a", "b")[1:]), record(messages=say(HI, HI)),
-        talk(*say("a", "b", "c"), *say("d")), seed(question=None), seed(turns=["one", ""])],
-    "turns": [seed(turns=7), seed(turns="one"), seed(turns={"a": 1})],
-    "messages: roles": [talk({"role": ["user"], "content": "hi"})],
-    "images: loop": [seed(image="loop.png")],
-}
-TYPES = pytest.mark.xfail(strict=True, reason="a value of an unexpected type ends in a traceback")
+    "id: ": [{}, record(id=None), record(id=7), record(id=["a"]), record(id="ok")],
+    "seed_id: ": [record(seed_id=3), seed(seed_id="")],
+    "kind: ": [record(kind="evil"), record(kind=["benign"])],
+    "split: ": [seed(split="train"), record(split=["sft"])],
+    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), seed(image=["x.png"]),
+                 record(images=["x.png"] * 2), record(images=["."]), seed(image="gone.png"),
+                 seed(image="../secret.png"), seed(image="/etc/passwd"), seed(image="link.png")],
+    "messages: ": [
+        record(messages=None), record(messages=[]), record(messages=["hi"]), talk({"role": "user"}),
+        talk(*say(3)), talk(*say([])), talk(*say(["hi"])), talk(*say("")), talk(*say("hi", " ")),
+        talk(*say([{"type": "video"}])), talk(*say([{"type": "text"}])), talk(*say("a", "b")[1:]),
+        talk({"role": "tool", "content": "hi"}), talk(*say("a", "b", "c"), *say("d")),
+        record(messages=say(HI, HI)), seed(question=None), seed(turns=["one", ""])]}
+MISTYPED = {"turns: ": [seed(turns=7), seed(turns="one")], "images:": [seed(image="loop.png")],
+            "messages:": [talk({"role": ["user"], "content": "hi"})]}
+xfail = pytest.mark.xfail(strict=True, reason="a traceback, or a turn for each letter of a string")
 
 
-@pytest.mark.parametrize("field", [*list(BAD)[:-3], *(pytest.param(f, marks=TYPES) for f in list(BAD)[-3:])])
+@pytest.mark.parametrize("field", [*BAD, *(pytest.param(f, marks=xfail) for f in MISTYPED)])
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
-    for bad in BAD[field]:
+    for bad in {**BAD, **MISTYPED}[field]:
         path = write(folder, record(id="ok"), bad, record(id="ok too"))
         lines = refused(capsys, path)
-        assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field.split(':')[0]}"), lines
+        assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field}"), lines
 
 
-def test_the_first_twenty_bad_records_are_named_and_all_are_counted(folder, capsys):
+def test_the_first_twenty_are_named_all_are_counted_and_no_pipe_is_waited_for(folder, capsys):
     path = write(folder, record(id="ok"), *[record(id=f"b{i}", kind="?") for i in range(33)])
     lines = refused(capsys, path)
     assert len(lines) == 21 and lines[19].startswith(f"{path}:21: kind") and "33" in lines[20]
-
-
-def test_files_that_are_missing_empty_pipes_or_repeat_an_id_are_refused(folder, capsys):
-    for path in (str(folder), str(folder / "gone.jsonl"), write(folder, name="empty.jsonl")):
+    os.mkfifo(folder / "pipe")
+    for path in (folder, folder / "gone.jsonl", folder / "pipe", write(folder, name="empty.jsonl")):
         assert len(refused(capsys, path)) == 1
-    one, two = write(folder, record(), name="one.jsonl"), write(folder, record(), name="two.jsonl")
-    assert refused(capsys, one, two)[0].startswith(f"{two}:1: id: a")
-
-    # nobody writes into this pipe, so whoever reads it waits without end
-    os.mkfifo(folder / "pipe.jsonl")
-    command = f"{sys.executable} synth.py --generator toy --out {folder}/out --seeds {folder}/pipe.jsonl"
-    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-WORDS = ["user", "system", "image", "text", "x.png", "../x.png", "benign", "\0", "\ud83d"]
-KEYS = st.sampled_from(["type", "text", "role", "content", "id"])
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=4) | st.sampled_from(WORDS),
-    lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYS, part, max_size=3), max_leaves=6)
+WORDS = st.sampled_from(["user", "image", "text", "type", "role", "x.png", "../x.png", "\ud83d"])
+JUNK = st.recursive(st.none() | st.booleans() | st.floats() | WORDS,
+                    lambda part: st.lists(part) | st.dictionaries(WORDS, part), max_leaves=6)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@xfail
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(JUNK, st.sampled_from([*record(), "question", "turns", "image", "role", "content"]))
-def test_no_junk_in_a_field_brings_a_traceback(folder, junk, field):
-    """The record is refused, or it can be used."""
+def test_a_record_with_junk_in_a_field_is_refused_or_can_be_used(folder, junk, field):
+    bad = {**(record() if field in record() else seed()), field: junk}
     if field in ("role", "content"):
         bad = talk({**say("hi")[0], field: junk})
-    else:
-        bad = {**(record() if field in record() else seed()), field: junk}
-    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(SystemExit):
         dialogue, = synth.read_dialogues([write(folder, bad)])
         assert synth.user_turns(dialogue) and json.dumps(dialogue, ensure_ascii=False).encode()
 
 
-def test_bom_and_crlf_are_read_and_dialogues_and_seeds_become_user_turns(folder):
+def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
     picture = [str(folder / "x.png")]
     cases = [
         (record(messages=say(HI, "no", "open")), [(HI, picture), ("open", [])]),
@@ -149,22 +131,20 @@ def test_bom_and_crlf_are_read_and_dialogues_and_seeds_become_user_turns(folder)
         (seed(question="hi"), [(HI, picture)]),
         (seed(turns=["hi", "two"]), [(HI, picture), ("two", [])]),
         (seed(image=None), [("q?", [])])]
-    rows = [json.dumps({**row, "id": f"{i}"}).encode() for i, (row, _) in enumerate(cases)]
-    (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
+    rows = [json.dumps({**row, "id": str(i)}).encode() for i, (row, _) in enumerate(cases)]
+    (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))      # BOM, CRLF
     dialogues = synth.read_dialogues([folder / "d.jsonl"])
     assert [synth.user_turns(d) for d in dialogues] == [turns for _, turns in cases]
-    assert {d["kind"] for d in synth.read_dialogues([write(folder, seed(kind="benign"))])} == {"benign"}
 
 
-# ----------------------------------------------------------------------------- pictures
-
+# ----------------------------------------------------------------------------- pictures, splits
 
 def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     def pixels(image, name, **more):
         image.save(tmp_path / name, **more)
         return np.asarray(synth.open_image(tmp_path / name)).astype(int)
 
-    # Pillow alone makes a 16-bit ramp white and a float ramp black
+    # a 16-bit or float ramp stays a ramp; Pillow alone makes them white and black
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
     for image, name in ((Image.fromarray((65535 * ramp).astype(np.uint16)), "grey.png"),
                         (Image.fromarray(ramp.astype(np.float32)), "float.tif")):
@@ -178,90 +158,63 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
         assert seen[4, 4].max() == 0 and seen[0, 0].min() == 255
 
     # the camera was turned, so the left of the file is the top of the picture
-    half_red = Image.new("RGB", (40, 20))
+    half_red, exif = Image.new("RGB", (40, 20)), Image.Exif()
     half_red.paste((255, 0, 0), (0, 0, 20, 20))
-    exif = Image.Exif()
     exif[0x0112] = 6
     seen = pixels(half_red, "turned.jpg", exif=exif)
     assert seen.shape == (40, 20, 3) and seen[5, :, 0].min() > 200 > 50 > seen[35, :, 0].max()
 
-    # a back end gets at most 512 x 512 pixels
-    Image.new("CMYK", (1500, 700)).save(tmp_path / "big.jpg")
-    sent = Image.open(io.BytesIO(synth.image_png(str(tmp_path / "big.jpg"))))
-    assert (sent.format, sent.mode) == ("PNG", "RGB") and max(sent.size) == 512
 
-
-def test_six_formats_open_and_other_or_broken_or_outsized_pictures_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)        # as if every file were smaller
-    noise, files = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3600)), {}
-    sizes = {"thin": (2, 401), "large": (50, 50), "bomb": (100, 100)}
-    for name, image, kind in [*((f"no.{kind}", noise, kind) for kind in ("PPM", "ICO", "EPS")),
-                              *((name, Image.new("RGB", size), "PNG") for name, size in sizes.items())]:
-        image.save(tmp_path / name, kind)
-        files[name] = (tmp_path / name).read_bytes()
+def test_six_formats_open_and_other_broken_or_outsized_pictures_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    noise, path = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3600)), tmp_path / "p"
+    files = [b"", b"<svg/>"]
     for kind in synth.FORMATS:
-        noise.save(tmp_path / "any_name", kind)
-        assert synth.open_image(tmp_path / "any_name").mode == "RGB"
-        whole = (tmp_path / "any_name").read_bytes()
-        files.update({f"cut.{kind}": whole[:60], f"empty.{kind}": b"", f"no.{kind}": b"<svg/>"})
-        for at in random.Random(0).sample(range(len(whole)), 30):
-            files[f"damaged.{kind}.{at}"] = whole[:at] + b"\xff" + whole[at + 1:]
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-        try:
-            assert synth.open_image(tmp_path / name) and name.startswith("damaged"), name
-        except ValueError as error:
-            assert name in str(error)
+        noise.save(path, kind)
+        assert synth.open_image(path).mode == "RGB"
+        whole = path.read_bytes()
+        files.append(whole[:60])
+        for at in random.Random(0).sample(range(len(whole)), 30):       # with one byte damaged
+            path.write_bytes(whole[:at] + b"\xff" + whole[at + 1:])
+            with contextlib.suppress(ValueError):
+                synth.open_image(path)
+    for kind, size in (("EPS", (9, 9)), ("PPM", (9, 9)),
+                       ("PNG", (2, 401)), ("PNG", (50, 50)), ("PNG", (99, 99))):    # thin, large, bomb
+        Image.new("RGB", size).save(path, kind)
+        files.append(path.read_bytes())
+    for data in files:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"image {path}: "):
+            synth.open_image(path)
 
 
-def test_no_path_leads_out_of_the_folder(folder):
-    secret = folder.parent / "secret.png"
-    Image.new("RGB", (9, 9)).save(secret)
-    (folder / "link.png").symlink_to(secret)
-    for path in ("../secret.png", "gone/../../secret.png", str(secret), "link.png"):
-        with pytest.raises(ValueError, match="^images: .* outside"):
-            synth.check_dialogue(record(images=[path]), folder)
-    synth.check_dialogue(record(images=["../data/x.png"]), folder)
-
-
-# ----------------------------------------------------------------------------- splits
-
-
-def split(folder, links, shares=(1, 1, 1), number=0, fixed=()):
-    """The splits of seeds that are given as (seed_id, picture), two numbers."""
+def split(folder, seeds, shares, number=0):
+    """The splits of seeds that are given as seed_id, picture and fixed split."""
     rows = []
-    for i, (seed_id, picture) in enumerate(links):
-        (folder / f"{picture}").write_text(f"{picture}")
-        rows.append({"id": f"{i}", "seed_id": f"s{seed_id}", "images": [str(folder / f"{picture}")],
-                     "split": dict(fixed).get(i, "")})
+    for i, (seed_id, picture, fixed) in enumerate(seeds):
+        (folder / picture).write_text(picture)
+        rows.append({"id": i, "seed_id": seed_id, "images": [folder / picture], "split": fixed})
     synth.split_seeds(rows, shares, number)
     return [row["split"] for row in rows]
 
 
-def test_seeds_that_share_a_seed_id_or_a_picture_are_in_one_split(tmp_path):
+def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_path, capsys):
     rng = random.Random(0)
-    for number in range(20):
-        links = [(rng.randint(0, 25), rng.randint(0, 25)) for _ in range(22)]
-        found = split(tmp_path, links, number=number)
-        for (s, p), mine in zip(links, found):
-            assert all(mine == other for (t, q), other in zip(links, found) if s == t or p == q)
-        # the order of the file does not matter
-        assert split(tmp_path, links[::-1], number=number) == found[::-1]
+    for number in range(8):
+        seeds = [(f"s{rng.randint(0, 25)}", f"p{rng.randint(0, 25)}", "") for _ in range(22)]
+        found = split(tmp_path, seeds, (1, 1, 1), number)
+        for a, mine in zip(seeds, found):
+            assert all(mine == other for b, other in zip(seeds, found) if a[0] == b[0] or a[1] == b[1])
+        assert split(tmp_path, seeds[::-1], (1, 1, 1), number) == found[::-1]       # in any order
+    found = split(tmp_path, [(f"s{i}", f"p{i}", "") for i in range(400)], (0.75, 0.10, 0.15))
+    assert [found.count(name) for name in synth.SPLITS] == pytest.approx([300, 40, 60], abs=25)
 
-
-def test_splits_have_their_shares_and_a_fixed_split_is_kept(tmp_path, capsys):
-    links = [(i, i) for i in range(400)]
-    found = split(tmp_path, links, (0.75, 0.10, 0.15))
-    shares = [found.count(name) / 400 for name in synth.SPLITS]
-    assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.06)
-    assert found != split(tmp_path, links, (0.75, 0.10, 0.15), number=1)
-
-    # 0, 1 and 2 hang together by a seed_id and a picture, so all follow the fixed split of 2
-    chain = [(1, 1), (1, 2), (3, 2), (4, 4)]
-    assert split(tmp_path, chain, (0, 0, 1), fixed={2: "rl"}) == ["rl", "rl", "rl", "bench"]
+    # the first three hang together by a seed_id and a picture, and one has a fixed split
+    chain = [("s1", "p1", ""), ("s1", "p2", ""), ("s3", "p2", "rl"), ("s4", "p4", "")]
+    assert split(tmp_path, chain, (0, 0, 1)) == ["rl", "rl", "rl", "bench"]
     with pytest.raises(SystemExit) as stop:
-        split(tmp_path, chain, fixed={0: "rl", 2: "sft"})
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("2: ")
+        split(tmp_path, [("s1", "p1", "sft"), *chain], (1, 1, 1))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("3: ")
 
 
 # ----------------------------------------------------------------------------- Stage I and II
@@ -269,7 +222,6 @@ def test_splits_have_their_shares_and_a_fixed_split_is_kept(tmp_path, capsys):
 STUB = r'''
 import json, re
 asked = []                      # (role, document, request)
-
 def ask(requests):
     replies = []
     for request in requests:
@@ -278,22 +230,11 @@ def ask(requests):
         asked.append((role, document, request))
         replies.append(json.dumps(globals()[role](document)))
     return replies
-
-def prober(d):
-    return {"benign": "harmless " + d["question"], "obfuscated": "disguised " + d["question"]}
-
-def expander(d):
-    return {"turns": [f"{d['kind']} {i}: {d['question']}" for i in range(d["turns"])]}
-
-def red(d):
-    return {"user": f"after {len(d['dialogue'])} replies, {d['template']}"}
-
-def blue(d):
-    return {"reply": "<thinking>t</thinking><answer>a</answer>"}
-
-def target(d):
-    return {"reply": "a leak"}
-
+def prober(d): return {"benign": "safe " + d["question"], "obfuscated": "sly " + d["question"]}
+def expander(d): return {"turns": [f"{d['kind']} {i}: {d['question']}" for i in range(d["turns"])]}
+def red(d): return {"user": f"after {len(d['dialogue'])} replies, {d['template']}"}
+def blue(d): return {"reply": "<thinking>t</thinking><answer>a</answer>"}
+def target(d): return {"reply": "no" if "q4?" in str(d) else "a leak"}
 def tutor(d):
     safety = 1 if d["dialogue"][-1]["assistant"] == "a leak" else 10
     return {"scores": {"safety": safety, "usefulness": 10, "faithfulness": 10}}
@@ -302,10 +243,7 @@ def tutor(d):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """
-    A back end whose replies are functions of the request. Beside it stand twelve harmful seeds as
-    data/prepare.py makes them of BeaverTails-V, four for each split; the last has no picture.
-    """
+    """A back end whose replies are functions of the request, with twelve seeds beside it."""
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "stub", raising=False)
@@ -313,185 +251,186 @@ def stub(tmp_path, monkeypatch):
     return importlib.import_module("stub")
 
 
-def write_seeds(folder, n, **change):
+def write_seeds(folder, n, kind="harmful"):
+    """As data/prepare.py makes them of BeaverTails-V, for each split; the last has no picture."""
     rows = []
     for i in range(n):
         Image.new("RGB", (32, 32), (i, 99, 99)).save(folder / f"{i}.png")
-        rows.append(seed(id=f"s{i:02}", seed_id=f"s{i:02}", question=f"q{i}?", image=f"{i}.png",
-                         source="beavertails_v", split=synth.SPLITS[i % 3], **change))
+        rows.append(seed(id=f"s{i}", seed_id=f"s{i}", image=f"{i}.png", question=f"q{i}?",
+                         kind=kind, split=synth.SPLITS[i % 3], source="beavertails_v"))
     rows[-1]["image"] = None
     write(folder, *rows, name="seeds.jsonl")
 
 
 def make(folder, *flags, out="out"):
     """Run synth.py with the stub in every role. -> the dialogues by id"""
-    synth.main(["--seeds", f"{folder}/seeds.jsonl", "--generator", "stub", "--out", f"{folder}/{out}",
-                "--perturb", "0", *flags])
-    return made_in(folder / out)
-
-
-def made_in(out):
-    rows = [row for name in synth.SPLITS for row in judge.read_log(out / f"{name}.jsonl")]
-    return {row["id"]: row for row in rows}
+    synth.main(["--seeds", f"{folder}/seeds.jsonl", "--generator", "stub", "--perturb", "0",
+                "--out", f"{folder}/{out}", *flags])
+    files = [folder / out / f"{name}.jsonl" for name in synth.SPLITS]
+    return {row["id"]: row for path in files for row in judge.read_log(path)}
 
 
 def files_in(out):
-    return {path.name: path.read_bytes() for path in out.rglob("*")
-            if path.is_file() and path.name not in ("args.json", "lock")}
+    files = [*out.glob("*.jsonl"), *out.glob("images/*")]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def documents(stub, *roles):
-    """What these roles were asked; the first three requests to the prober are the preflight's."""
+    """What these roles were asked; the first three requests are the preflight's."""
     return [document for role, document, _ in stub.asked[3:] if role in roles]
 
 
-def test_harmful_seeds_alone_give_a_third_each_of_benign_obfuscated_and_red_team(stub, tmp_path):
-    """Equations 7 to 9. The benign third comes from the harmless rewrite."""
+def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub, tmp_path):
+    """Equations 7 to 9: a red-team dialogue follows the strategy that was drawn for it."""
     made = make(tmp_path, "--sft_strategies", "yes_ladder", "context_switch")
     assert Counter(d["kind"] for d in made.values()) == {kind: 12 for kind in synth.KINDS}
     for document in documents(stub, "expander"):
-        rewrite = "harmless" if document["kind"] == "benign" else "disguised"
-        assert document["question"].startswith(rewrite)
-    for d in synth.read_dialogues([tmp_path / f"out/{name}.jsonl" for name in synth.SPLITS]):
+        rewrite, number = document["question"].strip("?").split(" q")
+        d = made[f"s{number}-{document['kind']}"]
+        ways = {"benign": [*judge.STRATEGIES], "obfuscated": [], "red_team": [d["strategy"]]}
+        assert [*document["strategies"]] == ways[d["kind"]]
+        assert rewrite == ("safe" if d["kind"] == "benign" else "sly")
+        assert d["split"] != "sft" or d["strategy"] in ("", "yes_ladder", "context_switch")
         low, high = synth.BENCH_TURNS if d["split"] == "bench" else synth.TURNS[d["kind"]]
-        assert low <= len(synth.user_turns(d)) <= high and bool(d["images"]) == (d["seed_id"] != "s11")
-        assert d["split"] == synth.SPLITS[int(d["seed_id"][1:]) % 3]
-
-    # a red-team dialogue follows one strategy that was drawn, and the expander sees only that one
-    expected = {(f"disguised q{int(d['seed_id'][1:])}?", d["strategy"])
-                for d in made.values() if d["kind"] == "red_team"}
-    found = [d for d in documents(stub, "expander") if d["kind"] == "red_team"]
-    assert {(d["question"], *d["strategies"]) for d in found} == expected and len(expected) == 12
-    sft_ways = {d["strategy"] for d in made.values() if d["split"] == "sft"}
-    assert sft_ways <= {"", "yes_ladder", "context_switch"}
+        assert low <= len(synth.user_turns(d)) <= high and len(d["images"]) == (number != "11")
 
 
-def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only(stub, tmp_path):
+def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
     args = synth.parse_args("--seeds s --out o --generator g --shares 1 0 .5".split())
     for kind, expected in (("harmful", [400, 0, 200]), ("benign", [400, 0, 0])):
         kinds = Counter()
         for i in range(400):
-            one = seed(id=f"{i}", kind=kind, source="", split="rl", images=[])
+            one = seed(id=str(i), kind=kind, source="", split="rl", images=[])
             kinds.update(record["kind"] for record in synth.plan(one, args))
         assert [kinds[kind] for kind in synth.KINDS] == pytest.approx(expected, abs=40)
-    write_seeds(tmp_path, 4, kind="benign")
-    assert {d["kind"] for d in make(tmp_path).values()} == {"benign"} and not documents(stub, "prober")
 
 
 def test_sft_dialogues_are_played_and_others_stay_user_turns(stub, tmp_path):
-    """Equation 12: red rewrites each template turn in the light of the dialogue, blue answers it."""
-    made = make(tmp_path)
-    for d in made.values():
-        users = [synth.text_of(content) for content, _ in synth.user_turns(d)]
+    """Equation 12: red rewrites each template turn in the light of the dialogue, blue answers."""
+    for d in make(tmp_path).values():
+        users, expected = [synth.text_of(content) for content, _ in synth.user_turns(d)], d["template"]
+        assert len(d["messages"]) == (2 if d["split"] == "sft" else 1) * len(users)
         if d["split"] == "sft":
-            assert users == [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
-            assert len(d["messages"]) == 2 * len(users)
-        else:
-            assert users == d["template"] and len(d["messages"]) == len(users)
+            expected = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
+        assert users == expected
     for document in documents(stub, "red"):
         assert f" {len(document['dialogue'])}: " in document["template"]
-        assert all(turn["assistant"] for turn in document["dialogue"])
-    n_turns = sum(len(d["template"]) for d in made.values() if d["split"] == "sft")
-    assert len(documents(stub, "red", "blue", "tutor")) == 3 * n_turns
+        assert all(turn["user"] and turn["assistant"] for turn in document["dialogue"])
 
 
-TARGET_CALLS = pytest.mark.xfail(strict=True, reason="the printed number leaves --target out")
-
-
-@pytest.mark.parametrize("flags", [[], pytest.param(["--target", "stub"], marks=TARGET_CALLS)])
-def test_the_printed_number_of_calls_is_the_number_of_calls(stub, tmp_path, capsys, flags):
-    """One for each harmful seed and each dialogue, 3 an SFT turn, 2 an attacked red-team turn."""
-    turns = Counter()
-    for d in make(tmp_path, *flags).values():
-        turns[d["split"]] += len(d["template"])
-        turns[d["kind"]] += len(d["template"])
-    n_calls = 12 + 36 + 3 * turns["sft"] + (2 * turns["red_team"] if flags else 0)
-    assert len(stub.asked) - 3 == n_calls
-    assert f" {n_calls} calls" in capsys.readouterr().out
-
-
-def test_requests_carry_a_schema_and_the_picture(stub, tmp_path):
-    make(tmp_path, "--target", "stub")
-    assert {role for role, _, _ in stub.asked} == {"prober", "expander", "red", "blue", "target", "tutor"}
-    for role, document, request in stub.asked:
+def test_requests_carry_a_schema_and_the_picture_and_failing_attacks_are_dropped(stub, tmp_path):
+    """Equation 10: the target withstands the attack of seed 4."""
+    whole = make(tmp_path, out="whole")
+    assert {*whole} - {*make(tmp_path, "--target", "stub")} == {"s4-red_team"}
+    assert len({role for role, _, _ in stub.asked}) == 6
+    for role, document, request in list(stub.asked):
         reply = json.loads(stub.ask([request])[0])
-        assert request["schema"]["required"] and {*reply} <= {*request["schema"]["properties"]}
+        assert {*reply} <= {*request["schema"]["properties"]} and request["schema"]["required"]
         shown = request["image"] and Image.open(io.BytesIO(request["image"])).getpixel((0, 0))[0]
         assert f"q{11 if shown is None else shown}?" in json.dumps(document)
 
 
-def test_with_a_target_attacks_that_fail_are_dropped(stub, tmp_path, monkeypatch):
-    """Equation 10."""
-    whole = make(tmp_path, out="whole")
-    monkeypatch.setattr(stub, "target", lambda d: {
-        "reply": "no" if "q4?" in d["dialogue"][0]["user"] else "a leak"})
-    assert {*whole} - {*make(tmp_path, "--target", "stub")} == {"s04-red_team"}
+@pytest.mark.parametrize("flags", [[], pytest.param(["--target", "stub"], marks=pytest.mark.xfail(
+    strict=True, reason="the printed number leaves --target out"))])
+def test_the_printed_number_of_calls_is_the_number_of_calls(stub, tmp_path, capsys, flags):
+    """One for each harmful seed and dialogue, 3 an SFT turn, 2 an attacked red-team turn."""
+    turns = Counter()
+    for d in make(tmp_path, *flags, "--generator_model", "no s4").values():
+        turns.update({d["split"]: len(d["template"]), d["kind"]: len(d["template"])})
+    n_calls = 12 + 36 + 3 * turns["sft"] + (2 * turns["red_team"] if flags else 0)
+    assert len(stub.asked) - 3 == n_calls and f" {n_calls} calls" in capsys.readouterr().out
 
 
 def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues_and_counts_them(
         stub, tmp_path, monkeypatch, capsys):
-    """Equation 15: the least safety and the mean usefulness; both limits are 6."""
+    """Equation 15: the least safety and the mean usefulness of a dialogue; both limits are 6."""
+    changes = {("q0?", 2): {"safety": 5}, ("q3?", 2): {"usefulness": 4}, ("q6?", 3): {"safety": None}}
+
     def tutor(d):
-        question, t = d["dialogue"][0]["user"].split(" q")[1], len(d["dialogue"])
-        scores = {"safety": 6, "usefulness": 7 if t == 1 else 6, "faithfulness": 1}
-        if question == "0?" and t == 2:
-            scores["safety"] = 5
-        if question == "3?":
-            scores["usefulness"] = 5 if t == 2 else 6
-        if question == "6?" and t == 3:
-            del scores["faithfulness"]
-        return {"scores": scores}
+        question, t = d["dialogue"][0]["user"].split()[-1], len(d["dialogue"])
+        scores = {"safety": 6, "usefulness": {1: 7, 2: 5}.get(t, 6), "faithfulness": 1}
+        return {"scores": {**scores, **changes.get((question, t), {})}}
 
     monkeypatch.setattr(stub, "tutor", tutor)
-    kept = make(tmp_path)
-    assert {d["seed_id"] for d in kept.values() if d["split"] == "sft"} == {"s09"} and len(kept) == 27
-    why = {row["id"][:3]: row["why"] for row in judge.read_log(tmp_path / "out/dropped.jsonl")}
-    assert [*why] == ["s00", "s03", "s06"] and len({*why.values()}) == 3
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dropped 1 ")]
-    assert len(printed) == 9 and sum("benign" in line for line in printed) == 3
+    kept = {d["seed_id"] for d in make(tmp_path).values() if d["split"] == "sft"}
+    why = {row["id"][:2]: row["why"] for row in judge.read_log(tmp_path / "out/dropped.jsonl")}
+    assert kept == {"s9"} and [*why] == ["s0", "s3", "s6"] and len({*why.values()}) == 3
+    printed = capsys.readouterr().out
+    assert [printed.count(f"dropped 1 {kind}: ") for kind in synth.KINDS] == [3, 3, 3]
 
 
 def test_rl_repeats_no_sft_dialogue_and_no_dialogue_comes_twice(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "expander", lambda d: {"turns": [d["kind"], "the same words"]})
+    # b has the words and the picture of a; for the RL seed d the words alone suffice
+    rows = [("a", 0, "sft"), ("b", 0, "sft"), ("c", 1, "sft"), ("d", 2, "rl"), ("e", 3, "bench")]
     write(tmp_path, *[seed(id=name, seed_id=name, image=f"{picture}.png", split=split)
-                      for name, picture, split in (("a", 0, "sft"), ("b", 0, "sft"), ("c", 1, "sft"),
-                                                   ("d", 2, "rl"), ("e", 3, "bench"))],
-          name="seeds.jsonl")
-    # b: the words and the picture of a; d: for RL, the words alone suffice
-    assert {name.split("-")[0] for name in make(tmp_path)} == {"a", "c", "e"}
+                      for name, picture, split in rows], name="seeds.jsonl")
+    assert {d["seed_id"] for d in make(tmp_path).values()} == {"a", "c", "e"}
 
 
-def test_a_share_of_the_pictures_gets_noise_or_a_text(stub, tmp_path):
-    write_seeds(tmp_path, 120, kind="benign")
-    made = make(tmp_path, "--perturb", "0.5")
-    changed = Counter()
-    for d in made.values():
-        if d["images"]:
-            before = tmp_path / f"{int(d['seed_id'][1:])}.png"
-            after = tmp_path / "out" / d["images"][0]
-            old, new = (np.asarray(synth.open_image(path), float) for path in (before, after))
-            if new.shape[0] == 32 + 24:
-                changed["text"] += (new[:32] == old).all() and (new[32:].min() < 100)
-            elif before.read_bytes() != after.read_bytes():
-                changed["noise"] += abs((new - old)[..., 1:].std() - 0.03 * 255) < 0.5
-    assert 15 < changed["text"] < 45 and 15 < changed["noise"] < 45 and 45 < changed.total() < 75
-    make(tmp_path, "--perturb", "0.5", out="again")
-    assert files_in(tmp_path / "again") == files_in(tmp_path / "out")
-    make(tmp_path, "--perturb", "0.5", "--seed", "1", out="other")
-    assert files_in(tmp_path / "other") != files_in(tmp_path / "out")
+def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub, tmp_path):
+    write_seeds(tmp_path, 100, kind="benign")
+    found = Counter()
+    for d in make(tmp_path, "--perturb", "0.5").values():
+        for before, after in zip([tmp_path / f"{d['seed_id'][1:]}.png"], d["images"]):
+            old, new = (np.asarray(synth.open_image(path), float)
+                        for path in (before, tmp_path / "out" / after))
+            if new.shape != old.shape:
+                found["text"] += (new[:32] == old).all() and new[32:].min() < 100
+            elif (old != new).any():
+                found["noise"] += abs((new - old)[..., 1:].std() - 0.03 * 255) < 0.5
+    assert 12 < found["text"] < 38 and 12 < found["noise"] < 38
+    for number, same in (("0", True), ("1", False)):
+        make(tmp_path, "--perturb", "0.5", "--seed", number, out=number)
+        assert (files_in(tmp_path / number) == files_in(tmp_path / "out")) == same
 
 
-def test_resume_asks_only_for_what_is_missing_and_ends_with_the_same_bytes(stub, tmp_path, monkeypatch):
-    """A reply of the blue agent without proper tags is no reply."""
-    make(tmp_path, out="whole")
-    with monkeypatch.context() as broken, pytest.raises(SystemExit) as stop:
-        broken.setattr(stub, "blue", lambda d: {"reply": "q3" if "red_team 1: disguised q3?" in str(d)
-                                                else "<thinking>t</thinking><answer>a</answer>"})
-        make(tmp_path)
-    assert stop.value.code not in (0, None)
-    assert {*made_in(tmp_path / "whole")} - {*made_in(tmp_path / "out")} == {"s03-red_team"}
+@pytest.mark.parametrize("how, again", [("untagged", 1), ("killed", 24), pytest.param(
+    "killed in a copy", 36, marks=pytest.mark.xfail(strict=True, reason="half a picture is kept"))])
+def test_resume_asks_for_what_is_missing_and_ends_with_the_same_bytes(
+        stub, tmp_path, monkeypatch, how, again):
+    """A reply of the blue agent without proper tags is a failure, for which --resume asks again."""
+    def blue(d):
+        if how == "killed" and "q6?" in str(d):
+            raise KeyboardInterrupt
+        untagged = how == "untagged" and "red_team 1: sly q6?" in str(d)
+        return {"reply": "a" if untagged else "<thinking>t</thinking><answer>a</answer>"}
+
+    def copy(source, target):
+        Path(target).write_bytes(source.read_bytes()[:40])
+        raise KeyboardInterrupt
+
+    make(tmp_path, "--concurrency", "2", out="whole")               # four seeds a batch
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, KeyboardInterrupt)):
+        patch.setattr(stub, "blue", blue)
+        patch.setattr(synth.shutil, "copyfile", copy if "copy" in how else shutil.copyfile)
+        make(tmp_path, "--concurrency", "2")
+    with open(tmp_path / "out/sft.jsonl", "a") as file:
+        file.write('{"id": "s0')            # a line that the kill cut off
     stub.asked.clear()
-    make(tmp_path, "--resume")
-    assert all("q3?" in json.dumps(d) for d in documents(stub, *("prober", "expander", "red", "tutor")))
-    assert len(documents(stub, "expander")) == 1
+    make(tmp_path, "--concurrency", "2", "--resume")
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+    assert len(documents(stub, "expander")) == again
+
+
+def test_the_files_load_in_datasets(stub, tmp_path, monkeypatch):
+    import datasets
+    made = make(tmp_path)
+    monkeypatch.chdir(tmp_path / "out")     # image paths are relative to the file
+    data = datasets.load_dataset("json", data_files="sft.jsonl", split="train", cache_dir=str(tmp_path))
+    assert data["messages"][0] == made[data["id"][0]]["messages"]
+    pictures = data.cast_column("images", datasets.List(datasets.Image()))["images"]
+    assert pictures[0][0].size == (32, 32)
+
+
+def test_the_audit_finds_a_leak_between_splits(folder):
+    one, two = talk(*say("a b c d e f g h")), {**talk(*say("a b c d e")), "seed_id": "2"}
+    for leak in (0, 1):
+        write(folder, one, name="sft.jsonl")
+        write(folder, two, {**two, "id": "3"}, *[{**one, "id": "4"}] * leak, name="bench.jsonl")
+        command = [sys.executable, Path(__file__).with_name("audit.py"), folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == leak and f"{leak} seeds and 0 pictures" in done.stdout
+    # trigrams in common: 3 of 6, 3 of 6 and 6 of 6; different words in bench: 8 of 18
+    assert "Jaccard 0.67 on average, 1.00 at most" in done.stdout
+    assert "bench: distinct-1 0.444" in done.stdout and "sft: self-BLEU-4 0.000" in done.stdout

