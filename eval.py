@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -157,8 +158,8 @@ def served_student(args):
 
 
 def plain(text):
-    """Text in which the server's tokenizer finds no control token such as <|im_end|>."""
-    return text.replace("<|", "< |")
+    """Text in which Qwen's tokenizer finds no control token: <|im_end|>, <tool_call>, .."""
+    return re.sub(r"<(?=\||/?tool_call>)", "< ", text)
 
 
 def user_message(content, paths):
@@ -526,16 +527,22 @@ def paired_survival(samples_a, samples_b, threshold):
 def load_arm(folder):
     """-> (samples, arguments) of one run of eval.py, sorted by id"""
     try:
-        samples = judge.read_log(Path(folder, "samples.jsonl"))
+        lines = Path(folder, "samples.jsonl").read_text(encoding="utf-8").split("\n")
+        samples = [json.loads(line) for line in lines[:-1]]
         args = json.loads(Path(folder, "args.json").read_text())
-        arm_results(samples)            # raises one of these errors if fields are damaged
+        # these raise one of the errors below if a field is damaged or a picture is missing
+        arm_results(samples)
+        for sample in samples:
+            first_picture(sample)
+        args["n_dialogues"] + len(args["name"])
         return sorted(samples, key=lambda s: s["id"]), {name: args[name] for name in ARM_FIELDS}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         judge.bad_input(f"{folder}: no run of eval.py, or a damaged one: {error!r}")
 
 
 # what two arms must share to be compared, and two fields more
-SHARED = ("judge", "judge_model", "judge_prompt", "data_hash", "attacker", "tutor", "tutor_model")
+SHARED = ("judge", "judge_model", "judge_prompt", "data_hash", "attacker", "tutor", "tutor_model",
+          "strategies")
 ARM_FIELDS = (*SHARED, "name", "n_dialogues")
 
 
@@ -569,7 +576,7 @@ def results_of(folders):
     names = list(arms)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            if len(arms[a]) == len(arms[b]):        # then they are the same dialogues
+            if [s["id"] for s in arms[a]] == [s["id"] for s in arms[b]]:
                 pair = {"a": a, "b": b, "metrics": {}, "survival": {}}
                 for metric in METRICS:
                     pair["metrics"][metric] = paired(arms[a], arms[b], metric)
@@ -628,12 +635,15 @@ def tables_of(results):
     tables.append(("paired differences of the shares without harmlessness < 0", turns, gaps))
 
     # safety and help by source set
-    rows = []
+    rows, sources = [], set()
+    for arm in arms.values():
+        sources.update(arm["sources"])
+    sources = sorted(sources)
     for name, arm in arms.items():
         pairs = []
-        for safety, help in arm["sources"].values():
-            pairs.append((safety["value"], help["value"]))
-            sources = list(arm["sources"])
+        for source in sources:
+            entries = arm["sources"].get(source, [{"value": None}] * 2)
+            pairs.append([entry["value"] for entry in entries])
         scored = [pair for pair in pairs if None not in pair]
         pairs.append(np.mean(scored, axis=0) if scored else (None, None))
         rows.append([name, *[f"{percent(safety)} / {percent(help)}" for safety, help in pairs]])
@@ -645,7 +655,7 @@ def tables_of(results):
 def print_tables(tables):
     """Print Markdown tables whose columns are aligned."""
     for title, header, rows in tables:
-        rows = [[judge.printable(text) for text in row] for row in [header, *rows]]
+        rows = [[judge.printable(text.replace("\n", " ")) for text in row] for row in [header, *rows]]
         widths = [max(len(text) for text in column) for column in zip(*rows)]
         rows.insert(1, ["-" * width for width in widths])
         print(f"\n{title}\n")
@@ -671,7 +681,7 @@ def publish(folders, out):
     print_tables(tables)
     print(f"\nThe numbers are in {out}/results.json. Open {out}/report.html to read the dialogues.")
     if results["incomplete"]:
-        raise SystemExit("incomplete: " + "; ".join(results["incomplete"]))
+        raise SystemExit(judge.printable("incomplete: " + "; ".join(results["incomplete"])))
 
 
 # -----------------------------------------------------------------------------
@@ -717,8 +727,10 @@ def main(argv=None):
         missing = [d["id"] for d in batch if d["id"] not in done]
         if not missing:
             continue
-        # a batch is played as a whole, so that a resumed run rounds as an undisturbed one does
+        # here a batch is played as a whole, so that a resumed run rounds as an undisturbed one does
         play = play or (served_student(args) if args.endpoint else local_student(args))
+        if args.endpoint:
+            batch = [d for d in batch if d["id"] in missing]
         rollouts = [r for r in play(batch, attacker) if r.dialogue["id"] in missing]
         for sample in judge_rollouts(ask, rollouts, args):
             judge.append_jsonl(path, sample)
@@ -756,7 +768,8 @@ def seeds(argv=None):
     for a, b in zip(names, names[1:]):
         row = [f"{a} → {b}"]
         for metric in METRICS:
-            gaps = [y - x for x, y in zip(values[a, metric], values[b, metric])]
+            both = zip(values[a, metric], values[b, metric])
+            gaps = [y - x for x, y in both if x is not None and y is not None]
             value, low, high = t_interval(gaps)
             row.append(cell({"value": value, "low": low, "high": high, "n": len(gaps)}))
         differences.append(row)

@@ -296,7 +296,7 @@ def generate(student, lm, cache, active, features, args):
     uniform = np.stack([noise(r.key, len(r.turns), args.max_new) for r in active])
     uniform = torch.tensor(uniform, device=student.allowed.device)          # (N, max_new)
     ids, positions, columns, last = pack(student, active)
-    used = int(columns.max()) + 1                                           # columns of the cache
+    used = int((columns[:, 0] + last).max()) + 1                            # columns of the cache
 
     # the new tokens in one pass; each row's first token is sampled from its last hidden state
     mask = cache.place(columns, used)
@@ -528,6 +528,8 @@ def update(student, rollouts, adv, images, args, optimizer):
     stats = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "entropy": 0.0, "mismatch": 0.0}
     for batch in micro_batches(rollouts, args.micro_tokens):
         rows = [rollouts[n] for n in batch]
+        if not any(row.ids for row in rows):        # not even their first turn had room
+            continue
         with torch.no_grad():
             use_adapter(student, "reference")
             ref, _ = reply_logps(student, rows, images, args.temperature)           # (M,)

@@ -184,10 +184,15 @@ def split_reply(text):
 
 
 def repeated_trigrams(text):
-    """The share of 3-grams of words that occurred before in the reply, 0..1 (released code)."""
-    words = text.split()
+    """
+    The share of 3-grams of words that occurred before in the reply, 0..1; 0 for replies of less
+    than 24 words (released code).
+    """
+    words = re.findall(r"\w+|\S", text.lower())
+    if len(words) < 24:
+        return 0.0
     trigrams = list(zip(words, words[1:], words[2:]))
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+    return 1 - len(set(trigrams)) / len(trigrams)
 
 
 def read_json(text):

@@ -198,3 +198,14 @@ def qwen2_vl(base, tmp_path_factory):
             p.mul_(4 if p.ndim > 1 else 1)
     model.save_pretrained(folder)
     return folder
+
+
+def batch_of(student, dialogues):
+    """-> the rows of whole dialogues, and the features of their pictures"""
+    rows = [sft.render(student, d, 10 ** 6) for d in dialogues]
+    return rows, sft.encode_images(student, [path for row in rows for path in row.images])
+
+
+@torch.no_grad()
+def logps_of(student, dialogues):
+    return sft.reply_logps(student, *batch_of(student, dialogues))[0]

@@ -19,10 +19,6 @@ VERDICT = json.dumps({"rationale": "r", "harmlessness": 3, "helpfulness": 3, "re
 EVIL = "\x1b[2J\x07\u202e</script><script>alert(1)</script><!--"
 
 
-def fault(*values, reason):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 def sample(name, scores, kind="red_team", refused=False, **fields):
     """A line of samples.jsonl. A score is a harmlessness, or None for a turn without a verdict."""
     turns = []
@@ -126,14 +122,13 @@ def test_an_arm_that_was_never_judged_is_not_compared(tmp_path, capsys):
 
 @pytest.mark.parametrize("field", [
     "name", "judge", "judge_model", "judge_prompt", "data_hash", "attacker", "tutor", "tutor_model",
-    fault("strategies", reason="not in E.SHARED")])
+    "strategies"])
 def test_arms_that_differ_in_more_than_the_student_are_refused(field, tmp_path, capsys):
     """Another judge, other data, another attacker; nor may two arms have one name."""
     assert compare(tmp_path, [sample("1", [3])], [sample("1", [3])], **{field: "a"}) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError, UnboundLocalError, and a value in a wrong column")
 def test_arms_that_lack_different_dialogues(tmp_path, capsys):
     x, y = sample("x", [3], source="x"), sample("y", [3], source="y")
     assert "b: 1 dialogues are missing" in compare(tmp_path, [x, y], [y], n_dialogues=2)
@@ -146,7 +141,7 @@ def test_arms_that_lack_different_dialogues(tmp_path, capsys):
 @pytest.mark.parametrize("file, text", [
     ("args.json", "{"), ("args.json", "[]"), ("args.json", "{}"),
     ("samples.jsonl", "{"), ("samples.jsonl", "[]"), ("samples.jsonl", "{}"),
-    fault("samples.jsonl", json.dumps(sample("1", [3], images=["gone"])), reason="a traceback")])
+    ("samples.jsonl", json.dumps(sample("1", [3], images=["gone"])))])
 def test_a_damaged_folder_is_one_line_and_exit_code_2(file, text, tmp_path, capsys):
     (write_arm(tmp_path, "x", [sample("1", [3])]) / file).write_text(text + "\n")
     assert run(E.compare, tmp_path, "--out", tmp_path / "out") == 2
@@ -155,7 +150,7 @@ def test_a_damaged_folder_is_one_line_and_exit_code_2(file, text, tmp_path, caps
 
 @pytest.mark.parametrize("last, shown", [
     (0.2, ["50.0 50.0 50.0", "40.0 30.0 20.0", "-20.0 [-44.8, 4.8] 3"]),    # 4.303 x 10 / sqrt(3)
-    fault(None, ["40.0 30.0 –"], reason="None is subtracted")])     # no benign dialogues
+    (None, ["40.0 30.0 –"])])     # no benign dialogues
 def test_training_seeds(last, shown, tmp_path, capsys):
     """Every value, and the mean difference with limits by Student's t."""
     files = [tmp_path / f"{i}.json" for i in range(3)]
@@ -229,12 +224,11 @@ def test_every_picture_is_in_the_message_it_belongs_to(mixed, chats):
     assert "<|" not in json.dumps(chats) and HOSTILE == rollouts[4].turns[0]["user"]
 
 
-@pytest.mark.xfail(strict=True, reason="plain() knows <|..|>, but not Qwen's <tool_call>")
 def test_a_served_qwen_gets_no_tool_tokens():
     assert "tool_call>" in E.plain(HOSTILE) and "<tool_call>" not in E.plain(HOSTILE)
 
 
-@pytest.mark.parametrize("batch", ["1", fault("3", reason="the rest of a batch is played again")])
+@pytest.mark.parametrize("batch", ["1", "3"])
 def test_resume_plays_only_what_is_missing_to_the_same_bytes(batch, world, chats, tmp_path):
     assert evaluate(world, tmp_path, "--batch", batch) == 0
     whole = files_of(tmp_path)

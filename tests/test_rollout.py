@@ -141,7 +141,6 @@ def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeyp
     same_as_before(*range(7))
 
 
-@pytest.mark.xfail(strict=True, reason="the columns of padding lie behind the end of the cache")
 def test_a_long_dialogue_beside_a_long_turn(student):                               # trap 14
     long = "name two moves. " * 90
     a, b = play(student, [dialogue("a", "hello", long), dialogue("b", long, "ok")])
@@ -193,7 +192,6 @@ def test_merge_adapter_adds_up_no_rounding(actor):                              
     torch.testing.assert_close(dense.layers[1].mlp.down_proj(x), layer(x), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="collate() cannot take a batch of nothing but empty rows")
 def test_a_first_turn_that_does_not_fit_leaves_the_others_to_be_trained(student, mixed):  # trap 14
     dialogues = [dialogue("x", "name two moves. " * 300), mixed[0]]
     rollouts = play(student, dialogues)
@@ -390,8 +388,7 @@ def test_like_sets_the_published_algorithms_and_flags_override_it():
     ("ours", REPLY, REWARD), ("ours", "b", 0), ("paper", REPLY, REWARD), ("paper", "b", 0),
     ("released", REPLY, 1.66), ("released", "b", 0.66),         # 1 for the format
     ("released", "la " * 102, 0.66 - 0.2 * 0.99),               # repeated 3-grams, from 24 tokens
-    pytest.param("released", "la " * 23, 0.66, marks=pytest.mark.xfail(
-        strict=True, reason="repetition counts in shorter replies, too"))])
+    ("released", "la " * 23, 0.66)])                            # not in shorter replies
 def test_like_sets_the_reward(like, text, expected):
     args = grpo_args("--like", like)
     assert grpo.turn_reward({"assistant": text}, SCORES, args) == pytest.approx(expected)

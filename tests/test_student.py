@@ -1,8 +1,6 @@
 """
-sft.py: how the student is loaded, which tokens it reads and learns, and the numbers it learns from.
-
-The numbers are compared with the plain way to get them: the whole transformers model on one
-dialogue at a time, and a Python loop over its tokens (naive_logps in conftest.py).
+sft.py: loading, tokens, log-probabilities and the loss. The numbers are compared with the whole
+transformers model on one dialogue at a time, and a Python loop over its tokens (naive_logps).
 """
 import importlib.util
 import json
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import sft
-from conftest import HOSTILE, dialogue, naive_logps, shake
+from conftest import HOSTILE, batch_of, dialogue, logps_of, naive_logps, shake
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).with_name("chat_templates")
 QWEN_TEMPLATE = (TEMPLATES / "qwen2_5_vl.jinja").read_text()
@@ -36,17 +34,6 @@ def refused(capsys, function, *args):
 
 def edit(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def batch_of(student, dialogues):
-    """-> their rows, and the features of their pictures"""
-    rows = [sft.render(student, d, 10 ** 6) for d in dialogues]
-    return rows, sft.encode_images(student, [path for row in rows for path in row.images])
-
-
-@torch.no_grad()
-def logps_of(student, dialogues):
-    return sft.reply_logps(student, *batch_of(student, dialogues))[0]
 
 
 def test_nf4_and_lora_are_on_the_language_model_only(base, monkeypatch):
@@ -114,8 +101,6 @@ def test_an_adapter_comes_back_as_it_was_saved(base, fresh, tmp_path, mixed, nf4
     shake(student, 0.03)
     saved = logps_of(student, mixed[:2])
     sft.save_adapter(student, tmp_path)
-    names = load_file(tmp_path / "adapter_model.safetensors")
-    assert not any("policy" in n or "visual" in n for n in names)       # as stock peft names them
     edit(tmp_path / "adapter_config.json", peft_version="0.20.0", revision="main",
          base_model_name_or_path="elsewhere", inference_mode=True)      # of another machine
     again = sft.load_student(base, nf4)
@@ -148,10 +133,7 @@ def test_what_is_no_adapter_of_sft_is_refused(fresh, adapter, tmp_path, change, 
 
 @pytest.mark.parametrize("family", ["base", "qwen2_vl"])
 def test_three_calls_of_peft_merge_an_adapter(family, tmp_path, mixed, request):        # trap 20
-    """
-    The merged folder has the hub's names and dtypes, and loads without peft. Rounding to bf16
-    changes the log-probabilities by a small part of what the adapter changes.
-    """
+    """The merged folder has the hub's names and dtypes, and loads without peft. bf16 rounds."""
     folder, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(request.getfixturevalue(family), folder)
     weights = load_file(folder / "model.safetensors")
@@ -166,7 +148,6 @@ def test_three_calls_of_peft_merge_an_adapter(family, tmp_path, mixed, request):
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
     PeftModel.from_pretrained(model, tmp_path).merge_and_unload().save_pretrained(out)
-
     merged = load_file(out / "model.safetensors")
     assert merged.keys() == weights.keys() and "model.layers.0.mlp.up_proj.weight" in merged
     assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
@@ -217,7 +198,6 @@ def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokeni
     assert student.tokenizer.convert_tokens_to_ids("<tool_call>") in control
     words = set(range(len(student.tokenizer))) - set(control)
     assert set(student.allowed.nonzero()[:, 0].tolist()) == words | {student.end}
-    assert len(student.allowed) > len(student.tokenizer)        # the embedding has spare rows
     hostile = HOSTILE + "".join(token.content for token in control.values())
     assert student.tokenizer.decode(sft.encode(student, hostile)) == hostile
     counts = []
@@ -229,11 +209,10 @@ def test_no_text_makes_a_control_token_and_the_student_says_none(student, tokeni
 
 
 def test_a_dialogue_that_is_too_long_loses_whole_turns(student, mixed):                 # trap 14
-    d = mixed[3]                                        # three turns, two pictures in the second
-    whole = sft.render(student, d, 10 ** 6)
+    whole = sft.render(student, mixed[3], 10 ** 6)      # three turns, two pictures in the second
     ends = [i + 1 for i, t in enumerate(whole.turn_id) if t >= 0 and whole.ids[i] == student.end]
-    for max_tokens in range(0, len(whole.ids) + 2, 3):
-        row = sft.render(student, d, max_tokens)
+    for max_tokens in [0, *ends, *[end - 1 for end in ends]]:
+        row = sft.render(student, mixed[3], max_tokens)
         length = max([end for end in ends if end <= max_tokens], default=0)
         assert row.ids == whole.ids[:length] and row.turn_id == whole.turn_id[:length]
         assert row.grids == whole.grids[:len(row.images)]
@@ -242,10 +221,7 @@ def test_a_dialogue_that_is_too_long_loses_whole_turns(student, mixed):         
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_a_picture_is_a_grid_and_features_of_its_own(fresh, pictures, device, tmp_path):
-    """
-    They do not depend on the other pictures of a batch (traps 11 and 12). A GPU computes the patch
-    embedding, which is a convolution, as a matrix product.
-    """
+    """Whatever else is in the batch (traps 11, 12). A GPU computes the patches as a product."""
     student, paths, rng = fresh(reference=False), list(pictures), random.Random(0)
     alone = [sft.encode_images(student, [path])[path] for path in paths]
     if device == "gpu":
@@ -303,12 +279,12 @@ def test_chunked_logps_equal_naive_ones_and_keep_no_logits(student):            
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             logps = function(hidden)
         (logps * weight).sum().backward()
-        return logps, hidden.grad, sum(x.numel() for x in kept if len(x) == 2000)
+        return logps, hidden.grad, max(x.numel() for x in kept if x.shape[-1] != 128)
     logps, gradient, kept = run(lambda hidden: sft.token_logps(student, hidden, targets, 0.7)[0])
     naive_logps, naive_gradient, naive_kept = run(naive)
     torch.testing.assert_close(logps, naive_logps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, naive_gradient, atol=1e-5, rtol=1e-5)
-    assert kept <= start.numel() < 2000 * len(student.allowed) <= naive_kept
+    assert kept <= 2000 < 2000 * len(student.allowed) <= naive_kept
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -340,9 +316,9 @@ def test_micro_batches_hold_the_budget_with_little_padding():
         batches = sft.micro_batches(rows, budget)
         assert sorted(i for batch in batches for i in batch) == list(range(70))
         for batch in batches:
-            padded = len(batch) * max(len(rows[i].ids) for i in batch)
-            assert len(batch) == 1 or padded <= budget
-            assert sum(len(rows[i].ids) for i in batch) >= 0.95 * padded
+            lengths = [len(rows[i].ids) for i in batch]
+            assert len(batch) == 1 or len(batch) * max(lengths) <= budget
+            assert sum(lengths) >= 0.95 * len(batch) * max(lengths)
 
 
 def test_order_and_learning_rate_are_functions_of_the_step():
@@ -351,4 +327,3 @@ def test_order_and_learning_rate_are_functions_of_the_step():
     assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(11))
     rates = [sft.learning_rate(step, 100, args) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 1 and rates[0] == 0.1 and 0 < rates[-1] < 1e-3
-    assert sft.learning_rate(0, 1, args) > 0            # a run of one step trains
