@@ -735,6 +735,7 @@ def main(argv=None):
         for sample in judge_rollouts(ask, rollouts, args):
             judge.append_jsonl(path, sample)
     judge.write_jsonl(path, sorted(judge.read_log(path), key=lambda sample: sample["id"]))
+    judge.print_use(judge=ask, tutor=tutor)
     lock.close()
     publish([args.out], args.out)
 

@@ -200,12 +200,12 @@ def read_json(text):
     The JSON object in a reply: bare, fenced, after a preamble or after a <think> block. None if
     there is none, or more than one: a forged object that the model repeats must not win.
     """
-    text = text or ""
-    if text.lstrip().startswith("<think>"):
-        text = text.partition("</think>")[2]
+    text = (text or "").rpartition("</think>")[2]
+    start, end = text.find("{"), text.rfind("}")
+    if text.rfind("{") > end:       # an object that is cut off; one before it may be forged
+        return None
     try:
-        # from the first brace to the last; two objects are no JSON
-        value = json.loads(text[text.find("{"):text.rfind("}") + 1])
+        value = json.loads(text[start:end + 1])         # two objects are no JSON
         # half of a surrogate pair ("\ud83d") can be neither printed nor saved: it becomes "?"
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -326,20 +326,24 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def post(url, key, body):
     """
     POST a JSON body -> (status, text of the answer, its Retry-After). The status is 0 if no answer
-    came within TIMEOUT, and 503 if there is no connection.
+    came within TIMEOUT, and 503 if there is no connection. The text is empty if it broke off.
     """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     call = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.build_opener(NoRedirect).open(call, timeout=TIMEOUT) as answer:
-            return answer.status, answer.read().decode("utf-8", "replace"), ""
-    except urllib.error.HTTPError as error:
-        text = error.read(10_000).decode("utf-8", "replace")
-        return error.code, text, error.headers.get("Retry-After", "")
+        try:
+            answer = urllib.request.build_opener(NoRedirect).open(call, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            answer = error                          # an answer like any other
+        with answer:
+            text = answer.read().decode("utf-8", "replace")
+        return answer.status, text, answer.headers.get("Retry-After", "")
     except TimeoutError:
         return 0, f"no answer within {TIMEOUT} s", ""
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
         return 503, str(error), ""
+    except http.client.HTTPException:
+        return 200, "", ""
 
 
 class Server:
@@ -355,7 +359,7 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
         self.model, self.key, self.extra, self.concurrency = model, key, extra, concurrency
         self.used, self.failures, self.recent = Counter(), Counter(), deque(maxlen=200)
-        self.takes_schema, self.stopped = True, threading.Event()
+        self.schemas_refused, self.stopped = 0, threading.Event()
 
     def __call__(self, requests):
         self.done, self.total = 0, len(requests)
@@ -369,28 +373,31 @@ class Server:
                 raise
         for reason, n in Counter(self.recent).items():
             if reason != "ok" and n >= 3 and n > 0.1 * len(self.recent):
-                raise SystemExit(f"{self.url}, {n} of {len(self.recent)} requests: {reason}")
+                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, {reason}: "
+                                 f"{self.last_words}")
         return replies
 
     def one(self, request):
         """One request with all its attempts -> the reply, or None."""
-        attempts, schema = 0, request.get("schema") if self.takes_schema else None
+        # a server that refused three schemas is asked without any
+        attempts, schema = 0, request.get("schema") if self.schemas_refused < 3 else None
         while not self.stopped.is_set():
             status, text, retry_after = post(self.url, self.key, self.body(request, schema))
             reply = self.read(text) if status == 200 else None
             if reply is not None:
                 if schema is None and "schema" in request:
-                    self.takes_schema = False       # later requests go without one at once
+                    self.schemas_refused += 1
                 return self.finish("ok", reply)
-            reason = f"HTTP {status}: {self.words(text)}" if status else text
-            if status in BUSY:
-                self.wait(reason, retry_after)
-            elif schema and status:             # perhaps this server takes no schema
-                schema = None
-            else:
+            reason = f"HTTP {status}" if status else text
+            self.last_words = self.words(text)
+            if schema and status and status not in BUSY:
+                schema = None                       # perhaps this server takes no schema
+                continue
+            if status not in BUSY:
                 attempts += 1
                 if 400 <= status < 500 or attempts == 3:
                     return self.finish(reason, None)
+            self.wait(f"{reason}: {self.last_words}", retry_after)
         return None
 
     def body(self, request, schema):
@@ -422,14 +429,14 @@ class Server:
             if completion["choices"][0].get("finish_reason") == "length":
                 self.failures["reply cut at its token limit"] += 1
             return reply.encode("utf-8", "replace").decode()
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def words(self, text):
         """What the server says about an error, in one line and without the key."""
         try:
             text = json.loads(text)["error"]["message"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             pass
         return printable(" ".join(str(text).replace(self.key, "***").split())[:300])
 
@@ -448,18 +455,26 @@ class Server:
         idle = time.time() - self.last_reply
         if idle > PATIENCE:
             raise SystemExit(f"{self.url}: no reply for {PATIENCE} s, {reason}; --resume goes on")
-        self.failures[f"waited, {reason}"] += 1
+        self.failures[f"waited, {reason[:8]}"] += 1
         self.say(f"waiting, {reason}")
         pause = min(30.0, 0.5 + 0.2 * idle)     # the longer it lasts, the rarer we ask
-        if retry_after.replace(".", "", 1).isdigit():
+        if re.fullmatch(r"\d+(\.\d+)?", retry_after, re.ASCII):
             pause = max(pause, min(float(retry_after), 60.0))
-        self.stopped.wait(pause * random.uniform(0.7, 1.3))     # not all threads at once
+        self.stopped.wait(pause * random.uniform(1, 1.3))       # not all threads at once
 
     def say(self, text):
         """At most one line in ten seconds on stderr, so that slow servers are not silent."""
         if time.time() - self.last_word > 10:
             self.last_word = time.time()
             print(f"{self.url}: {text}", file=sys.stderr)
+
+
+def print_use(**back_ends):
+    """One line per server that was asked: what it cost and what went wrong."""
+    for role, ask in back_ends.items():
+        if isinstance(ask, Server):
+            counts = [f"{n:,} {what}" for what, n in {**ask.used, **ask.failures}.items()]
+            print(f"{role}: {', '.join(counts)}")
 
 
 def image_part(png):
@@ -527,7 +542,7 @@ def json_object(text):
     return value
 
 
-def open_run(args, free=("resume", "dry_run")):
+def open_run(args, free=("resume", "dry_run", "out")):
     """
     Make the folder args.out and lock it, so that no other process writes there. -> the lock, to be
     kept while the script runs. A folder that holds a run is only used with --resume, and only if

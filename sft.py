@@ -245,7 +245,7 @@ def load_adapter(student, folder, name):
     try:
         config = PeftConfig.from_pretrained(folder)
         expected = lora_config(config.r, config.lora_alpha).to_dict()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:      # peft raises many kinds on damaged files
         judge.bad_input(f"{folder}: no adapter of sft.py: {error}")
 
     # peft would load other kinds of adapters (dropout, DoRA, ..), but the sampler and the loss
@@ -596,9 +596,12 @@ def load_checkpoint(out, student, optimizer):
     load_weights(student, folders[-1], "policy")
     # by way of the CPU: bitsandbytes marks its state as paged, and loading it onto the GPU would
     # keep the mark but not the pages
-    state = torch.load(folders[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state)
-    return json.loads((folders[-1] / "run.json").read_text())["step"]
+    try:
+        state = torch.load(folders[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(state)
+        return json.loads((folders[-1] / "run.json").read_text())["step"]
+    except Exception as error:      # torch raises many kinds on damaged files
+        judge.bad_input(f"{folders[-1]} is damaged ({error}); remove it to go on from the one before")
 
 
 def stop_signals():

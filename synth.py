@@ -362,18 +362,19 @@ def copy_picture(seed, args):
     rng = random.Random(f"{args.seed}/{seed['hash']}/picture")
     perturb = rng.random() < args.perturb
     name = f"images/{seed['hash']}{'-perturbed.png' if perturb else source.suffix}"
-    target = Path(args.out, name)
+    target, temporary = Path(args.out, name), Path(args.out, "images/tmp.png")
     if not target.exists():
         if not perturb:
-            shutil.copyfile(source, target)
+            shutil.copyfile(source, temporary)
         elif rng.random() < 0.5:
             pixels = np.asarray(open_image(source), float)
             noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 0.03 * 255, pixels.shape)
-            Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(target)
+            Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(temporary)
         else:
             image = ImageOps.expand(open_image(source), border=(0, 0, 0, 24), fill="white")
             ImageDraw.Draw(image).text((4, image.height - 18), seed["question"], fill="black")
-            image.save(target)
+            image.save(temporary)
+        temporary.replace(target)
     return name
 
 
@@ -737,6 +738,7 @@ def main(argv=None):
                 judge.append_jsonl(out / f"{record['split']}.jsonl", dialogue_of(record, args))
     write_splits(out)
     print("requests: " + ", ".join(f"{n} {role}" for role, n in sorted(agents.calls.items())))
+    judge.print_use(**agents.back_ends)
     lock.close()
     if failed:
         raise SystemExit(f"{failed} dialogues failed: {UNUSABLE}; --resume asks again")

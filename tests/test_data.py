@@ -66,23 +66,22 @@ def refused(capsys, *paths):
     return capsys.readouterr().err.splitlines()
 
 
-# How a message begins, and records in which this field is bad. Three paths lead out of the folder.
-BAD = {
-    "": [b"{", b"null", b"[1]", b"\xff\xfe{}", bytes(9), b"[" * 100000, b"9" * 5000,
+BAD = {     # how a message begins: records in which this field is bad
+    "": [b"{", b"[1]", b"\xff\xfe{}", bytes(9), b"[" * 100000, b"9" * 5000,
          record(id="half a character \ud83d"), seed(image="x\0.png"), seed(image="x" * 5000)],
-    "id: ": [{}, record(id=None), record(id=7), record(id=["a"]), record(id="ok")],
+    "id: ": [{}, record(id=7), record(id=""), record(id=["a"]), record(id="appears twice")],
     "seed_id: ": [record(seed_id=3), seed(seed_id="")],
     "kind: ": [record(kind="evil"), record(kind=["benign"])],
     "split: ": [seed(split="train"), record(split=["sft"])],
-    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), seed(image=["x.png"]),
-                 record(images=["x.png"] * 2), record(images=["."]), seed(image="gone.png"),
+    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), record(images=["."]),
+                 record(images=["x.png"] * 2), seed(image=["x.png"]), seed(image="gone.png"),
+                 # out of the folder: over a parent, from the root, and over a link
                  seed(image="../secret.png"), seed(image="/etc/passwd"), seed(image="link.png")],
     "messages: ": [
-        record(messages=None), record(messages=[]), record(messages=["hi"]), talk({"role": "user"}),
+        record(messages=None), record(messages=[]), record(messages=say(HI, HI)), talk("hi"),
         talk(*say(3)), talk(*say([])), talk(*say(["hi"])), talk(*say("")), talk(*say("hi", " ")),
         talk(*say([{"type": "video"}])), talk(*say([{"type": "text"}])), talk(*say("a", "b")[1:]),
-        talk({"role": "tool", "content": "hi"}), talk(*say("a", "b", "c"), *say("d")),
-        record(messages=say(HI, HI)), seed(question=None), seed(turns=["one", ""])]}
+        talk(*say("a", "b", "c"), *say("d")), seed(question=None), seed(turns=["one", ""])]}
 MISTYPED = {"turns: ": [seed(turns=7), seed(turns="one")], "images:": [seed(image="loop.png")],
             "messages:": [talk({"role": ["user"], "content": "hi"})]}
 xfail = pytest.mark.xfail(strict=True, reason="a traceback, or a turn for each letter of a string")
@@ -91,7 +90,7 @@ xfail = pytest.mark.xfail(strict=True, reason="a traceback, or a turn for each l
 @pytest.mark.parametrize("field", [*BAD, *(pytest.param(f, marks=xfail) for f in MISTYPED)])
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
     for bad in {**BAD, **MISTYPED}[field]:
-        path = write(folder, record(id="ok"), bad, record(id="ok too"))
+        path = write(folder, record(id="appears twice"), bad, record(id="ok"))
         lines = refused(capsys, path)
         assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field}"), lines
 
@@ -136,8 +135,6 @@ def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
     dialogues = synth.read_dialogues([folder / "d.jsonl"])
     assert [synth.user_turns(d) for d in dialogues] == [turns for _, turns in cases]
 
-
-# ----------------------------------------------------------------------------- pictures, splits
 
 def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     def pixels(image, name, **more):
@@ -216,8 +213,6 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
         split(tmp_path, [("s1", "p1", "sft"), *chain], (1, 1, 1))
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("3: ")
 
-
-# ----------------------------------------------------------------------------- Stage I and II
 
 STUB = r'''
 import json, re
