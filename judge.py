@@ -489,24 +489,21 @@ def preflight(role, ask, requests, read, calls):
     replies could be read, and what the whole run of `calls` requests will take. If no reply could
     be read, the run ends with exit code 1.
     """
-    # three real requests, and the first exchange for the reader
-    start, before = time.time(), dict(getattr(ask, "used", {}))
-    results, raw = ask_and_read(ask, requests[:3], read)
+    start, requests = time.time(), requests[:3]
+    results, raw = ask_and_read(ask, requests, read)
     seconds = time.time() - start
-    print(f"{role}: asked\n{printable(requests[0]['text'][:600])}\n{role}: replied\n"
-          f"{printable(str(raw[0])[:600])}")
+    print(f"{role}: asked\n{printable(requests[0]['text'][:600])}")
+    print(f"{role}: replied\n{printable(str(raw[0])[:600])}")
     readable = sum(result is not None for result in results)
+    print(f"{role}: {readable} of {len(raw)} replies could be read; about {calls} calls to make")
     if readable == 0:
-        raise SystemExit(f"{role}: none of {len(raw)} replies could be read; the first is above")
-
-    # a server answers `concurrency` requests in the time of one
-    hours = seconds * calls / getattr(ask, "concurrency", len(raw)) / 3600
-    line = f"{role}: {readable} of {len(raw)} replies could be read in {seconds:.1f} s; " \
-           f"the run needs about {calls} calls"
-    if getattr(ask, "used", None):
-        tokens = sum(ask.used.values()) - sum(before.values()) - ask.used["calls"]
-        line += f", {tokens * calls // len(raw):,} tokens and {hours:.1f} hours of this server"
-    print(line)
+        raise SystemExit(f"{role}: no reply could be read")
+    if isinstance(ask, Server):
+        # these three went side by side; a long run keeps `concurrency` requests going
+        hours = seconds * calls / ask.concurrency / 3600
+        tokens = (ask.used["tokens_in"] + ask.used["tokens_out"]) / max(1, ask.used["calls"])
+        print(f"{role}: about {tokens * calls:,.0f} tokens and {hours:.1f} hours, if it answers "
+              f"{ask.concurrency} requests as fast as these")
 
 
 # -----------------------------------------------------------------------------
