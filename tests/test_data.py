@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -73,10 +72,10 @@ BAD = {     # how a message begins: records in which this field is bad
     "seed_id: ": [record(seed_id=3), seed(seed_id="")],
     "kind: ": [record(kind="evil"), record(kind=["benign"])],
     "split: ": [seed(split="train"), record(split=["sft"])],
-    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), record(images=["."]),
-                 record(images=["x.png"] * 2), seed(image=["x.png"]), seed(image="gone.png"),
-                 # out of the folder: over a parent, from the root, and over a link
-                 seed(image="../secret.png"), seed(image="/etc/passwd"), seed(image="link.png")],
+    "images: ": [
+        record(images="x.png"), record(images=[1]), record(images=[]), record(images=["x.png"] * 2),
+        seed(image="gone.png"), seed(image="."), seed(image=["x.png"]),
+        seed(image="../secret.png"), seed(image="/etc/passwd"), seed(image="link.png")],  # outside
     "messages: ": [
         record(messages=None), record(messages=[]), record(messages=say(HI, HI)), talk("hi"),
         talk(*say(3)), talk(*say([])), talk(*say(["hi"])), talk(*say("")), talk(*say("hi", " ")),
@@ -113,9 +112,8 @@ JUNK = st.recursive(st.none() | st.booleans() | st.floats() | WORDS,
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(JUNK, st.sampled_from([*record(), "question", "turns", "image", "role", "content"]))
 def test_a_record_with_junk_in_a_field_is_refused_or_can_be_used(folder, junk, field):
-    bad = {**(record() if field in record() else seed()), field: junk}
-    if field in ("role", "content"):
-        bad = talk({**say("hi")[0], field: junk})
+    base = record() if field in record() else seed()
+    bad = talk({**say("hi")[0], field: junk}) if field in say("hi")[0] else {**base, field: junk}
     with contextlib.suppress(SystemExit):
         dialogue, = synth.read_dialogues([write(folder, bad)])
         assert synth.user_turns(dialogue) and json.dumps(dialogue, ensure_ascii=False).encode()
@@ -141,7 +139,7 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
         image.save(tmp_path / name, **more)
         return np.asarray(synth.open_image(tmp_path / name)).astype(int)
 
-    # a 16-bit or float ramp stays a ramp; Pillow alone makes them white and black
+    # a ramp stays a ramp; Pillow alone makes 16 bits white, and floats black
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
     for image, name in ((Image.fromarray((65535 * ramp).astype(np.uint16)), "grey.png"),
                         (Image.fromarray(ramp.astype(np.float32)), "float.tif")):
@@ -164,21 +162,16 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
 
 def test_six_formats_open_and_other_broken_or_outsized_pictures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    noise, path = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3600)), tmp_path / "p"
-    files = [b"", b"<svg/>"]
-    for kind in synth.FORMATS:
-        noise.save(path, kind)
-        assert synth.open_image(path).mode == "RGB"
-        whole = path.read_bytes()
-        files.append(whole[:60])
-        for at in random.Random(0).sample(range(len(whole)), 30):       # with one byte damaged
-            path.write_bytes(whole[:at] + b"\xff" + whole[at + 1:])
-            with contextlib.suppress(ValueError):
-                synth.open_image(path)
-    for kind, size in (("EPS", (9, 9)), ("PPM", (9, 9)),
-                       ("PNG", (2, 401)), ("PNG", (50, 50)), ("PNG", (99, 99))):    # thin, large, bomb
-        Image.new("RGB", size).save(path, kind)
-        files.append(path.read_bytes())
+    thin, large, bomb, good = (2, 401), (50, 50), (99, 99), (40, 30)
+    files, path = [b"", b"<svg/>"], tmp_path / "p"
+    for kind, size in [("EPS", good), ("PPM", good), ("PNG", thin), ("PNG", large), ("PNG", bomb),
+                       *((kind, good) for kind in synth.FORMATS)]:
+        Image.effect_noise(size, 99).convert("RGB").save(path, kind)
+        data = path.read_bytes()
+        files.append(data)
+        if size == good and kind in synth.FORMATS:
+            assert synth.open_image(path).mode == "RGB"
+            files[-1] = data[:len(data) // 2]
     for data in files:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"image {path}: "):
@@ -200,9 +193,9 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
     for number in range(8):
         seeds = [(f"s{rng.randint(0, 25)}", f"p{rng.randint(0, 25)}", "") for _ in range(22)]
         found = split(tmp_path, seeds, (1, 1, 1), number)
-        for a, mine in zip(seeds, found):
-            assert all(mine == other for b, other in zip(seeds, found) if a[0] == b[0] or a[1] == b[1])
-        assert split(tmp_path, seeds[::-1], (1, 1, 1), number) == found[::-1]       # in any order
+        for (s, p, _), mine in zip(seeds, found):
+            assert {mine} == {other for (t, q, _), other in zip(seeds, found) if s == t or p == q}
+        assert split(tmp_path, seeds[::-1], (1, 1, 1), number) == found[::-1]
     found = split(tmp_path, [(f"s{i}", f"p{i}", "") for i in range(400)], (0.75, 0.10, 0.15))
     assert [found.count(name) for name in synth.SPLITS] == pytest.approx([300, 40, 60], abs=25)
 
@@ -217,14 +210,12 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
 STUB = r'''
 import json, re
 asked = []                      # (role, document, request)
-def ask(requests):
-    replies = []
-    for request in requests:
-        role = re.search(r"You are the (\w+)", request["system"])[1]
-        document, _ = json.JSONDecoder().raw_decode(request["text"])
-        asked.append((role, document, request))
-        replies.append(json.dumps(globals()[role](document)))
-    return replies
+def ask(requests): return [reply(request) for request in requests]
+def reply(request):
+    role = re.search(r"You are the (\w+)", request["system"])[1]
+    document, _ = json.JSONDecoder().raw_decode(request["text"])
+    asked.append((role, document, request))
+    return json.dumps(globals()[role](document))
 def prober(d): return {"benign": "safe " + d["question"], "obfuscated": "sly " + d["question"]}
 def expander(d): return {"turns": [f"{d['kind']} {i}: {d['question']}" for i in range(d["turns"])]}
 def red(d): return {"user": f"after {len(d['dialogue'])} replies, {d['template']}"}
@@ -246,14 +237,13 @@ def stub(tmp_path, monkeypatch):
     return importlib.import_module("stub")
 
 
-def write_seeds(folder, n, kind="harmful"):
+def write_seeds(folder, n):
     """As data/prepare.py makes them of BeaverTails-V, for each split; the last has no picture."""
     rows = []
     for i in range(n):
         Image.new("RGB", (32, 32), (i, 99, 99)).save(folder / f"{i}.png")
-        rows.append(seed(id=f"s{i}", seed_id=f"s{i}", image=f"{i}.png", question=f"q{i}?",
-                         kind=kind, split=synth.SPLITS[i % 3], source="beavertails_v"))
-    rows[-1]["image"] = None
+        rows.append(seed(id=f"s{i}", seed_id=f"s{i}", image=f"{i}.png" if i < n - 1 else None,
+                         question=f"q{i}?", kind="harmful", split=synth.SPLITS[i % 3]))
     write(folder, *rows, name="seeds.jsonl")
 
 
@@ -293,58 +283,51 @@ def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub,
 def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
     args = synth.parse_args("--seeds s --out o --generator g --shares 1 0 .5".split())
     for kind, expected in (("harmful", [400, 0, 200]), ("benign", [400, 0, 0])):
-        kinds = Counter()
-        for i in range(400):
-            one = seed(id=str(i), kind=kind, source="", split="rl", images=[])
-            kinds.update(record["kind"] for record in synth.plan(one, args))
-        assert [kinds[kind] for kind in synth.KINDS] == pytest.approx(expected, abs=40)
+        seeds = [seed(id=f"{i}", kind=kind, source="", split="rl", images=[]) for i in range(400)]
+        kinds = [record["kind"] for one in seeds for record in synth.plan(one, args)]
+        assert [kinds.count(kind) for kind in synth.KINDS] == pytest.approx(expected, abs=40)
 
 
 def test_sft_dialogues_are_played_and_others_stay_user_turns(stub, tmp_path):
     """Equation 12: red rewrites each template turn in the light of the dialogue, blue answers."""
     for d in make(tmp_path).values():
-        users, expected = [synth.text_of(content) for content, _ in synth.user_turns(d)], d["template"]
-        assert len(d["messages"]) == (2 if d["split"] == "sft" else 1) * len(users)
-        if d["split"] == "sft":
-            expected = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
-        assert users == expected
+        users, played = [synth.text_of(content) for content, _ in synth.user_turns(d)], d["split"] == "sft"
+        rewritten = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
+        assert users == (rewritten if played else d["template"])
+        assert len(d["messages"]) == len(users) * (2 if played else 1)
     for document in documents(stub, "red"):
         assert f" {len(document['dialogue'])}: " in document["template"]
         assert all(turn["user"] and turn["assistant"] for turn in document["dialogue"])
 
 
-def test_requests_carry_a_schema_and_the_picture_and_failing_attacks_are_dropped(stub, tmp_path):
-    """Equation 10: the target withstands the attack of seed 4."""
-    whole = make(tmp_path, out="whole")
-    assert {*whole} - {*make(tmp_path, "--target", "stub")} == {"s4-red_team"}
-    assert len({role for role, _, _ in stub.asked}) == 6
-    for role, document, request in list(stub.asked):
-        reply = json.loads(stub.ask([request])[0])
-        assert {*reply} <= {*request["schema"]["properties"]} and request["schema"]["required"]
-        shown = request["image"] and Image.open(io.BytesIO(request["image"])).getpixel((0, 0))[0]
-        assert f"q{11 if shown is None else shown}?" in json.dumps(document)
-
-
 @pytest.mark.parametrize("flags", [[], pytest.param(["--target", "stub"], marks=pytest.mark.xfail(
     strict=True, reason="the printed number leaves --target out"))])
-def test_the_printed_number_of_calls_is_the_number_of_calls(stub, tmp_path, capsys, flags):
-    """One for each harmful seed and dialogue, 3 an SFT turn, 2 an attacked red-team turn."""
-    turns = Counter()
-    for d in make(tmp_path, *flags, "--generator_model", "no s4").values():
+def test_requests_carry_schema_and_picture_and_their_number_is_printed(stub, tmp_path, capsys, flags):
+    """
+    The number: one for each harmful seed and dialogue, 3 an SFT turn, 2 an attacked red-team turn.
+    With a target, equation 10 drops attacks that it withstands, here that of seed 4.
+    """
+    whole, turns = make(tmp_path, out="whole"), Counter()
+    for d in whole.values():
         turns.update({d["split"]: len(d["template"]), d["kind"]: len(d["template"])})
     n_calls = 12 + 36 + 3 * turns["sft"] + (2 * turns["red_team"] if flags else 0)
-    assert len(stub.asked) - 3 == n_calls and f" {n_calls} calls" in capsys.readouterr().out
+    stub.asked.clear()
+    assert {*whole} - {*make(tmp_path, *flags)} == ({"s4-red_team"} if flags else set())
+    assert len({role for role, _, _ in stub.asked}) == 5 + bool(flags)
+    for role, document, request in list(stub.asked):
+        assert {*json.loads(stub.reply(request))} <= {*request["schema"]["properties"]}
+        shown = request["image"] and Image.open(io.BytesIO(request["image"])).getpixel((0, 0))[0]
+        assert f"q{11 if shown is None else shown}?" in json.dumps(document)
+    assert len(stub.asked) == 2 * (3 + n_calls) and f" {n_calls} calls" in capsys.readouterr().out
 
 
-def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues_and_counts_them(
-        stub, tmp_path, monkeypatch, capsys):
+def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues(stub, tmp_path, monkeypatch, capsys):
     """Equation 15: the least safety and the mean usefulness of a dialogue; both limits are 6."""
-    changes = {("q0?", 2): {"safety": 5}, ("q3?", 2): {"usefulness": 4}, ("q6?", 3): {"safety": None}}
-
     def tutor(d):
         question, t = d["dialogue"][0]["user"].split()[-1], len(d["dialogue"])
         scores = {"safety": 6, "usefulness": {1: 7, 2: 5}.get(t, 6), "faithfulness": 1}
-        return {"scores": {**scores, **changes.get((question, t), {})}}
+        change = {"q0?": {"safety": 5}, "q3?": {"usefulness": 4}, "q6?": {"safety": None}}
+        return {"scores": {**scores, **(change.get(question, {}) if t == 2 else {})}}
 
     monkeypatch.setattr(stub, "tutor", tutor)
     kept = {d["seed_id"] for d in make(tmp_path).values() if d["split"] == "sft"}
@@ -364,44 +347,42 @@ def test_rl_repeats_no_sft_dialogue_and_no_dialogue_comes_twice(stub, tmp_path, 
 
 
 def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub, tmp_path):
-    write_seeds(tmp_path, 100, kind="benign")
-    found = Counter()
-    for d in make(tmp_path, "--perturb", "0.5").values():
-        for before, after in zip([tmp_path / f"{d['seed_id'][1:]}.png"], d["images"]):
-            old, new = (np.asarray(synth.open_image(path), float)
-                        for path in (before, tmp_path / "out" / after))
-            if new.shape != old.shape:
-                found["text"] += (new[:32] == old).all() and new[32:].min() < 100
+    write_seeds(tmp_path, 100)
+    flags = "--shares 1 0 0 --perturb 0.5".split()
+    texts, noises = [], []
+    for d in list(make(tmp_path, *flags).values())[:-1]:
+        old = np.asarray(Image.open(tmp_path / f"{d['seed_id'][1:]}.png"), float)
+        for path in d["images"]:
+            new = np.asarray(Image.open(tmp_path / "out" / path), float)
+            if len(new) > 32:
+                texts.append((new[:32] == old).all() and new[32:].min() < 100)
             elif (old != new).any():
-                found["noise"] += abs((new - old)[..., 1:].std() - 0.03 * 255) < 0.5
-    assert 12 < found["text"] < 38 and 12 < found["noise"] < 38
-    for number, same in (("0", True), ("1", False)):
-        make(tmp_path, "--perturb", "0.5", "--seed", number, out=number)
-        assert (files_in(tmp_path / number) == files_in(tmp_path / "out")) == same
+                noises.append((new - old)[..., 1:].std() / 255)
+    assert 12 < sum(texts) < 38 and 12 < len(noises) < 38 and 0.028 < np.mean(noises) < 0.032
+    for number in ("0", "1"):
+        make(tmp_path, *flags, "--seed", number, out=number)
+    assert files_in(tmp_path / "0") == files_in(tmp_path / "out") != files_in(tmp_path / "1")
 
 
-@pytest.mark.parametrize("how, again", [("untagged", 1), ("killed", 24), pytest.param(
-    "killed in a copy", 36, marks=pytest.mark.xfail(strict=True, reason="half a picture is kept"))])
+@pytest.mark.parametrize("how, again", [("untagged", 1), ("killed", 24), ("killed in a copy", 36)])
 def test_resume_asks_for_what_is_missing_and_ends_with_the_same_bytes(
         stub, tmp_path, monkeypatch, how, again):
     """A reply of the blue agent without proper tags is a failure, for which --resume asks again."""
     def blue(d):
-        if how == "killed" and "q6?" in str(d):
-            raise KeyboardInterrupt
-        untagged = how == "untagged" and "red_team 1: sly q6?" in str(d)
-        return {"reply": "a" if untagged else "<thinking>t</thinking><answer>a</answer>"}
+        if how == "killed in a copy" or "red_team 1: sly q6?" not in str(d):
+            return {"reply": "<thinking>t</thinking><answer>a</answer>"}
+        return {"reply": "no tags" if how == "untagged" else 1 / 0}
 
     def copy(source, target):
-        Path(target).write_bytes(source.read_bytes()[:40])
-        raise KeyboardInterrupt
+        target.write_bytes(source.read_bytes() if how != "killed in a copy" else b"half")
+        assert how != "killed in a copy"
 
     make(tmp_path, "--concurrency", "2", out="whole")               # four seeds a batch
-    with monkeypatch.context() as patch, pytest.raises((SystemExit, KeyboardInterrupt)):
+    with monkeypatch.context() as patch:
         patch.setattr(stub, "blue", blue)
-        patch.setattr(synth.shutil, "copyfile", copy if "copy" in how else shutil.copyfile)
-        make(tmp_path, "--concurrency", "2")
-    with open(tmp_path / "out/sft.jsonl", "a") as file:
-        file.write('{"id": "s0')            # a line that the kill cut off
+        patch.setattr(synth.shutil, "copyfile", copy)
+        with pytest.raises((SystemExit, ZeroDivisionError, AssertionError)):
+            make(tmp_path, "--concurrency", "2")
     stub.asked.clear()
     make(tmp_path, "--concurrency", "2", "--resume")
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
@@ -412,7 +393,7 @@ def test_the_files_load_in_datasets(stub, tmp_path, monkeypatch):
     import datasets
     made = make(tmp_path)
     monkeypatch.chdir(tmp_path / "out")     # image paths are relative to the file
-    data = datasets.load_dataset("json", data_files="sft.jsonl", split="train", cache_dir=str(tmp_path))
+    data = datasets.Dataset.from_json("sft.jsonl", cache_dir=str(tmp_path))
     assert data["messages"][0] == made[data["id"][0]]["messages"]
     pictures = data.cast_column("images", datasets.List(datasets.Image()))["images"]
     assert pictures[0][0].size == (32, 32)
@@ -426,6 +407,6 @@ def test_the_audit_finds_a_leak_between_splits(folder):
         command = [sys.executable, Path(__file__).with_name("audit.py"), folder]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == leak and f"{leak} seeds and 0 pictures" in done.stdout
-    # trigrams in common: 3 of 6, 3 of 6 and 6 of 6; different words in bench: 8 of 18
-    assert "Jaccard 0.67 on average, 1.00 at most" in done.stdout
-    assert "bench: distinct-1 0.444" in done.stdout and "sft: self-BLEU-4 0.000" in done.stdout
+    # of the trigrams in common are 3 of 6, 3 of 6 and 6 of 6; different words in bench are 8 of 18
+    for line in ("Jaccard 0.67 on average, 1.00 at most", "bench: distinct-1 0.444"):
+        assert line in done.stdout

@@ -41,9 +41,8 @@ def ask(requests):
     for request in requests:
         rng = random.Random(request["text"])
         scores = {name: rng.randint(1, 10) for name in ("safety", "usefulness", "faithfulness")}
-        replies.append(json.dumps({
-            "scores": scores, "next_turn": "and then?", "strategy": "persistence",
-            "harmlessness": rng.randint(-3, 3), "helpfulness": 2, "refused": rng.random() < 0.5}))
+        replies.append(json.dumps({"scores": scores, "next_turn": "and?", "helpfulness": 2,
+                                   "harmlessness": rng.randint(-3, 3), "refused": False}))
     return replies
 
 
