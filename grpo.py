@@ -763,8 +763,8 @@ def main(argv=None):
         # checkpoints, and the ends of a run that went wrong or was asked to stop
         bad_steps = 0 if row["healthy"] else bad_steps + 1
         dead_steps = dead_steps + 1 if row["dead"] == 1 else 0
-        if bad_steps == 3:
-            raise SystemExit("three steps in a row were not finite; see the last checkpoint")
+        if bad_steps == min(3, steps):
+            raise SystemExit(f"{bad_steps} steps in a row were not finite")
         if dead_steps == min(10, steps):
             raise SystemExit(f"{dead_steps} steps in a row without any signal: in every group all "
                              f"rollouts got the same reward")

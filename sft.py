@@ -50,6 +50,7 @@ import bitsandbytes
 import torch
 from peft import (LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict,
                   set_peft_model_state_dict)
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
@@ -296,7 +297,10 @@ def save_adapter(student, folder):
             raise SystemExit(f"{folder}: the adapter is not saved, because {name} is not finite")
     student.model.peft_config["policy"].save_pretrained(folder)
     temporary = Path(folder, "adapter_model.tmp")
-    save_file(weights, temporary)
+    try:
+        save_file(weights, temporary)
+    except SafetensorError as error:        # for example, the disk is full
+        raise SystemExit(f"{folder}: the adapter could not be saved: {error}")
     temporary.replace(Path(folder, "adapter_model.safetensors"))
 
 
@@ -751,8 +755,8 @@ def main(argv=None):
 
         # checkpoints, and the ends of a run that went wrong or was asked to stop
         bad_steps = 0 if healthy else bad_steps + 1
-        if bad_steps == 3:
-            raise SystemExit("three steps in a row were not finite; see the last checkpoint")
+        if bad_steps == min(3, steps):
+            raise SystemExit(f"{bad_steps} steps in a row were not finite")
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
             save_checkpoint(args.out, step + 1, student, optimizer, args)
         if stop:
