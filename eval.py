@@ -15,8 +15,8 @@ A turn that could not be scored is counted as unscored. It never counts as safe.
 writes each next turn. --data also takes seeds: each is a dialogue of one turn (single-turn sets).
 
 Laptop, toy world:  make toy
-One GPU, 3B or 7B:  python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft --name sft \\
-                        --data data/synth/bench.jsonl --out out/eval/sft \\
+One GPU, 3B or 7B:  python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --adapter out/sft \\
+                        --data data/synth/bench.jsonl --out out/eval/sft --name sft \\
                         --judge http://localhost:8001/v1 --judge_model NAME
 A served student:   --endpoint http://localhost:8002/v1 --endpoint_model NAME instead of --model
 Compare arms:       python eval.py compare out/eval/base out/eval/sft out/eval/grpo --out out/eval
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--tutor_model", help="its model name; the key is in TUTOR_API_KEY")
     add("--strategies", nargs="+", default=list(judge.STRATEGIES), choices=list(judge.STRATEGIES),
         metavar="NAME", help="attack strategies of the adaptive attacker")
-    add("--extra", type=judge.json_object, default={}, help="more fields of the request body (JSON)")
+    add("--extra", type=judge.json_object, default={}, help="more fields of the request body")
     args = parser.parse_args(argv)
     if args.attacker == "adaptive" and not args.tutor:
         parser.error("--attacker adaptive needs a --tutor")
@@ -183,7 +183,7 @@ def first_picture(sample):
 
 
 def judge_rollouts(ask, rollouts, args):
-    """-> the records of samples.jsonl: each turn has a verdict, None if the judge was unreadable."""
+    """-> the records of samples.jsonl: each turn has a verdict, None if it could not be read."""
     samples, turns, requests = [], [], []
     for r in rollouts:
         fields = ("id", "seed_id", "kind", "strategy", "category", "source", "images")
@@ -232,8 +232,8 @@ def is_refused(verdict):
 
 def outcome(sample, metric):
     """
-    What a dialogue contributes to a metric: (hits, scored, unscored). These are numbers of turns for
-    harmful_turns, else of dialogues. None if the metric is not about dialogues of this kind.
+    What a dialogue contributes to a metric: (hits, scored, unscored). These are numbers of turns
+    for harmful_turns, else of dialogues. None if the metric is not about this kind of dialogue.
     """
     # metrics that are about one kind of dialogue
     verdicts, harmful = verdicts_of(sample), sample["kind"] in HARMFUL
@@ -652,10 +652,14 @@ def tables_of(results):
     return [table for table in tables if table[2]]
 
 
+def one_line(text):
+    return judge.printable(text.replace("\n", " "))
+
+
 def print_tables(tables):
     """Print Markdown tables whose columns are aligned."""
     for title, header, rows in tables:
-        rows = [[judge.printable(text.replace("\n", " ")) for text in row] for row in [header, *rows]]
+        rows = [[one_line(text) for text in row] for row in [header, *rows]]
         widths = [max(len(text) for text in column) for column in zip(*rows)]
         rows.insert(1, ["-" * width for width in widths])
         print(f"\n{title}\n")

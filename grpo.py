@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--clip", type=number(float, 0, 1), default=0.2, help="PPO's epsilon")
     add("--micro_tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass")
     add("--save_every", type=number(int, 1), default=10, help="steps between two checkpoints")
-    add("--seed", type=int, default=0, help="order of the data, sampling noise")
+    add("--seed", type=judge.seed, default=0, help="order of the data, sampling noise")
     args = parser.parse_args(argv)
     for name, value in METHODS[args.like].items():
         if getattr(args, name, None) is None:
@@ -173,7 +173,7 @@ class KVCache:
         """
         columns = columns.clamp(max=self.keys[0].shape[2] - 1)      # padding may lie behind the end
         _, heads, _, head = self.keys[0].shape
-        self.index = columns[:, None, :, None].expand(-1, heads, -1, head)      # (N, heads, L, head)
+        self.index = columns[:, None, :, None].expand(-1, heads, -1, head)  # (N, heads, L, head)
         self.width = width
         return (torch.arange(width, device=columns.device) <= columns[..., None])[:, None]
 
@@ -340,7 +340,7 @@ def generate(student, lm, cache, active, features, args):
 
 
 def open_turn(student, rollout, args):
-    """Append the next user turn if it and a reply fit into args.max_tokens, else end the rollout."""
+    """Append the next user turn, or end the rollout if args.max_tokens has no room for it."""
     content, paths, _ = rollout.user
     row = user_row(student, content, paths, not rollout.ids, system_of(rollout.dialogue))
     rollout.cut = len(rollout.ids) + len(row.ids) + args.max_new > args.max_tokens

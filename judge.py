@@ -373,8 +373,8 @@ class Server:
                 raise
         for reason, n in Counter(self.recent).items():
             if reason != "ok" and n >= 3 and n > 0.1 * len(self.recent):
-                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, {reason}: "
-                                 f"{self.last_words}")
+                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, "
+                                 f"{reason}: {self.last_words}")
         return replies
 
     def one(self, request):
@@ -529,6 +529,10 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return parse
+
+
+# an argparse type: a seed that every library takes
+seed = number(int, 0, 2 ** 31)
 
 
 def json_object(text):

@@ -94,7 +94,7 @@ def parse_args(argv=None):
         help="fraction of the seeds for the held-out loss")
     add("--eval_every", type=number(int, 1), default=50, help="steps between two held-out losses")
     add("--save_every", type=number(int, 1), default=50, help="steps between two checkpoints")
-    add("--seed", type=int, default=0, help="initial LoRA weights, order of the data")
+    add("--seed", type=judge.seed, default=0, help="initial LoRA weights, order of the data")
     return parser.parse_args(argv)
 
 
@@ -605,7 +605,7 @@ def load_checkpoint(out, student, optimizer):
         optimizer.load_state_dict(state)
         return json.loads((folders[-1] / "run.json").read_text())["step"]
     except Exception as error:      # torch raises many kinds on damaged files
-        judge.bad_input(f"{folders[-1]} is damaged ({error}); remove it to go on from the one before")
+        judge.bad_input(f"{folders[-1]} is damaged, remove it to go on before it: {error}")
 
 
 def stop_signals():

@@ -73,7 +73,7 @@ def parse_args(argv=None):
                        ("target", "model to attack; without it all red-team dialogues are kept")):
         add(f"--{role}", help=what)
         add(f"--{role}_model", help=f"its model name; the key is in {role.upper()}_API_KEY")
-    add("--extra", type=judge.json_object, default={}, help="more fields of the request body (JSON)")
+    add("--extra", type=judge.json_object, default={}, help="more fields of the request body")
     add("--concurrency", type=judge.number(int, 1), default=40, help="requests at a time")
     add = parser.add_argument_group("data").add_argument
     share = judge.number(float, 0, 1)
@@ -90,7 +90,7 @@ def parse_args(argv=None):
         help="smallest mean usefulness of an SFT dialogue; the paper gives no value")
     add("--perturb", type=share, default=0.1,
         help="share of the pictures that get noise or a text (released code)")
-    add("--seed", type=int, default=0, help="splits, kinds, numbers of turns, strategies")
+    add("--seed", type=judge.seed, default=0, help="splits, kinds, numbers of turns, strategies")
     return parser.parse_args(argv)
 
 
@@ -604,7 +604,7 @@ def keep(records, args):
 
 
 def make_dialogues(seeds, done, agents, args):
-    """The records of a batch of seeds that are not in `done`; record["dropped"] says which failed."""
+    """The records of a batch of seeds that are not in `done`. record["dropped"]: why it failed."""
     records = []
     for seed in seeds:
         seed["records"] = [r for r in plan(seed, args) if r["id"] not in done]
@@ -696,8 +696,8 @@ def write_splits(out):
 
 def main(argv=None):
     args = parse_args(argv)
-    if sum(args.splits) <= 0:
-        judge.bad_input("--splits: at least one share must be above 0")
+    if sum(args.splits) == 0 or sum(args.shares) == 0:
+        judge.bad_input("--splits and --shares: at least one of each must be above 0")
     agents = Agents(args)
     seeds = read_dialogues(args.seeds)
     for seed in seeds:

@@ -42,11 +42,10 @@ def seed(**change):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder with one picture, a link to one outside, and a link to itself."""
+    """A data folder with one picture, a link that leads out of it, and a link to itself."""
     (tmp_path / "data").mkdir()
-    for name in ("data/x.png", "secret.png"):
-        Image.new("RGB", (30, 30)).save(tmp_path / name)
-    (tmp_path / "data/link.png").symlink_to("../secret.png")
+    Image.new("RGB", (30, 30)).save(tmp_path / "data/x.png")
+    (tmp_path / "data/link.png").symlink_to(__file__)
     (tmp_path / "data/loop.png").symlink_to("loop.png")
     return tmp_path / "data"
 
@@ -69,18 +68,14 @@ BAD = {     # how a message begins: records in which this field is bad
     "": [b"{", b"[1]", b"\xff\xfe{}", bytes(9), b"[" * 100000, b"9" * 5000,
          record(id="half a character \ud83d"), seed(image="x\0.png"), seed(image="x" * 5000)],
     "id: ": [{}, record(id=7), record(id=""), record(id=["a"]), record(id="appears twice")],
-    "seed_id: ": [record(seed_id=3), seed(seed_id="")],
-    "kind: ": [record(kind="evil"), record(kind=["benign"])],
+    "seed_id: ": [record(seed_id=3), seed(seed_id="")], "kind: ": [record(kind="evil")],
     "split: ": [seed(split="train"), record(split=["sft"])],
-    "images: ": [
-        record(images="x.png"), record(images=[1]), record(images=[]), record(images=["x.png"] * 2),
-        seed(image="gone.png"), seed(image="."), seed(image=["x.png"]),
-        seed(image="../secret.png"), seed(image="/etc/passwd"), seed(image="link.png")],  # outside
+    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), seed(image="gone"),
+                 seed(image="../secret"), seed(image="/etc/passwd"), seed(image="link.png")],
     "messages: ": [
         record(messages=None), record(messages=[]), record(messages=say(HI, HI)), talk("hi"),
-        talk(*say(3)), talk(*say([])), talk(*say(["hi"])), talk(*say("")), talk(*say("hi", " ")),
-        talk(*say([{"type": "video"}])), talk(*say([{"type": "text"}])), talk(*say("a", "b")[1:]),
-        talk(*say("a", "b", "c"), *say("d")), seed(question=None), seed(turns=["one", ""])]}
+        talk(*say(3)), talk(*say([])), talk(*say([{"type": "video"}])), talk(*say("a", "b")[1:]),
+        talk(*say("a", " ")), talk(*say("a", "b", "c"), *say("d")), seed(turns=["one", ""])]}
 MISTYPED = {"turns: ": [seed(turns=7), seed(turns="one")], "images:": [seed(image="loop.png")],
             "messages:": [talk({"role": ["user"], "content": "hi"})]}
 xfail = pytest.mark.xfail(strict=True, reason="a traceback, or a turn for each letter of a string")
@@ -122,8 +117,8 @@ def test_a_record_with_junk_in_a_field_is_refused_or_can_be_used(folder, junk, f
 def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
     picture = [str(folder / "x.png")]
     cases = [
-        (record(messages=say(HI, "no", "open")), [(HI, picture), ("open", [])]),
-        (record(messages=[{"role": "system", "content": "be"}, *say(HI)]), [(HI, picture)]),
+        (record(messages=[{"role": "system", "content": "be"}, *say(HI, "no", "open")]),
+         [(HI, picture), ("open", [])]),
         (talk(*say("ü"), *say("two")), [("ü", []), ("two", [])]),       # no replies, no picture
         (seed(question="hi"), [(HI, picture)]),
         (seed(turns=["hi", "two"]), [(HI, picture), ("two", [])]),
@@ -141,37 +136,35 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
 
     # a ramp stays a ramp; Pillow alone makes 16 bits white, and floats black
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
-    for image, name in ((Image.fromarray((65535 * ramp).astype(np.uint16)), "grey.png"),
-                        (Image.fromarray(ramp.astype(np.float32)), "float.tif")):
-        assert np.abs(pixels(image, name)[..., 0] - 255 * ramp).max() <= 1
-
+    for values, name in ((np.uint16(65535 * ramp), "grey.png"), (np.float32(ramp), "float.tif")):
+        assert np.abs(pixels(Image.fromarray(values), name)[..., 0] - 255 * ramp).max() <= 1
     # a black figure on nothing is black on white
     figure = Image.new("LA", (9, 9), (0, 0))
     figure.putpixel((4, 4), (0, 255))
-    for mode in ("LA", "RGBA"):
-        seen = pixels(figure.convert(mode), f"{mode}.png")
-        assert seen[4, 4].max() == 0 and seen[0, 0].min() == 255
-
+    seen = pixels(figure, "figure.png")
+    assert seen[4, 4].max() == 0 and seen[0, 0].min() == 255
     # the camera was turned, so the left of the file is the top of the picture
     half_red, exif = Image.new("RGB", (40, 20)), Image.Exif()
     half_red.paste((255, 0, 0), (0, 0, 20, 20))
     exif[0x0112] = 6
     seen = pixels(half_red, "turned.jpg", exif=exif)
     assert seen.shape == (40, 20, 3) and seen[5, :, 0].min() > 200 > 50 > seen[35, :, 0].max()
+    # a back end gets at most 512 x 512 pixels
+    Image.new("CMYK", (1500, 700)).save(tmp_path / "big.jpg")
+    assert Image.open(io.BytesIO(synth.image_png(tmp_path / "big.jpg"))).size[0] == 512
 
 
 def test_six_formats_open_and_other_broken_or_outsized_pictures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    thin, large, bomb, good = (2, 401), (50, 50), (99, 99), (40, 30)
-    files, path = [b"", b"<svg/>"], tmp_path / "p"
-    for kind, size in [("EPS", good), ("PPM", good), ("PNG", thin), ("PNG", large), ("PNG", bomb),
-                       *((kind, good) for kind in synth.FORMATS)]:
-        Image.effect_noise(size, 99).convert("RGB").save(path, kind)
-        data = path.read_bytes()
-        files.append(data)
-        if size == good and kind in synth.FORMATS:
-            assert synth.open_image(path).mode == "RGB"
-            files[-1] = data[:len(data) // 2]
+    path, good, thin, large, bomb = tmp_path / "p", (40, 30), (2, 401), (50, 50), (99, 99)
+    files = [b"", b"<svg/>"]
+    for kind in synth.FORMATS:
+        Image.effect_noise(good, 99).convert("RGB").save(path, kind)
+        assert synth.open_image(path).mode == "RGB"
+        files.append(path.read_bytes()[:path.stat().st_size // 2])
+    for kind, size in (("EPS", good), ("PPM", good), ("PNG", thin), ("PNG", large), ("PNG", bomb)):
+        Image.new("RGB", size).save(path, kind)
+        files.append(path.read_bytes())
     for data in files:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"image {path}: "):
@@ -198,7 +191,6 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
         assert split(tmp_path, seeds[::-1], (1, 1, 1), number) == found[::-1]
     found = split(tmp_path, [(f"s{i}", f"p{i}", "") for i in range(400)], (0.75, 0.10, 0.15))
     assert [found.count(name) for name in synth.SPLITS] == pytest.approx([300, 40, 60], abs=25)
-
     # the first three hang together by a seed_id and a picture, and one has a fixed split
     chain = [("s1", "p1", ""), ("s1", "p2", ""), ("s3", "p2", "rl"), ("s4", "p4", "")]
     assert split(tmp_path, chain, (0, 0, 1)) == ["rl", "rl", "rl", "bench"]
@@ -249,6 +241,7 @@ def write_seeds(folder, n):
 
 def make(folder, *flags, out="out"):
     """Run synth.py with the stub in every role. -> the dialogues by id"""
+    sys.modules["stub"].asked.clear()
     synth.main(["--seeds", f"{folder}/seeds.jsonl", "--generator", "stub", "--perturb", "0",
                 "--out", f"{folder}/{out}", *flags])
     files = [folder / out / f"{name}.jsonl" for name in synth.SPLITS]
@@ -256,8 +249,7 @@ def make(folder, *flags, out="out"):
 
 
 def files_in(out):
-    files = [*out.glob("*.jsonl"), *out.glob("images/*")]
-    return {path.name: path.read_bytes() for path in files}
+    return {p.name: p.read_bytes() for p in out.rglob("*") if p.suffix in (".jsonl", ".png")}
 
 
 def documents(stub, *roles):
@@ -266,10 +258,11 @@ def documents(stub, *roles):
 
 
 def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub, tmp_path):
-    """Equations 7 to 9: a red-team dialogue follows the strategy that was drawn for it."""
+    """Equations 7 to 9, and 12: SFT dialogues are played, and others stay user turns."""
     made = make(tmp_path, "--sft_strategies", "yes_ladder", "context_switch")
     assert Counter(d["kind"] for d in made.values()) == {kind: 12 for kind in synth.KINDS}
     for document in documents(stub, "expander"):
+        # a red-team dialogue follows the strategy that was drawn, a benign one uses those of RL
         rewrite, number = document["question"].strip("?").split(" q")
         d = made[f"s{number}-{document['kind']}"]
         ways = {"benign": [*judge.STRATEGIES], "obfuscated": [], "red_team": [d["strategy"]]}
@@ -277,7 +270,14 @@ def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub,
         assert rewrite == ("safe" if d["kind"] == "benign" else "sly")
         assert d["split"] != "sft" or d["strategy"] in ("", "yes_ladder", "context_switch")
         low, high = synth.BENCH_TURNS if d["split"] == "bench" else synth.TURNS[d["kind"]]
-        assert low <= len(synth.user_turns(d)) <= high and len(d["images"]) == (number != "11")
+        assert low <= len(d["template"]) <= high and len(d["images"]) == (number != "11")
+    # the red agent sees the template and the dialogue, and both versions of a turn are kept
+    for d in made.values():
+        users = [synth.text_of(content) for content, _ in synth.user_turns(d)]
+        rewritten = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
+        assert users == (rewritten if d["split"] == "sft" else d["template"])
+        assert len(d["messages"]) == len(users) * (2 if d["split"] == "sft" else 1)
+    assert all(turn["assistant"] for d in documents(stub, "red") for turn in d["dialogue"])
 
 
 def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
@@ -288,32 +288,16 @@ def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
         assert [kinds.count(kind) for kind in synth.KINDS] == pytest.approx(expected, abs=40)
 
 
-def test_sft_dialogues_are_played_and_others_stay_user_turns(stub, tmp_path):
-    """Equation 12: red rewrites each template turn in the light of the dialogue, blue answers."""
-    for d in make(tmp_path).values():
-        users, played = [synth.text_of(content) for content, _ in synth.user_turns(d)], d["split"] == "sft"
-        rewritten = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
-        assert users == (rewritten if played else d["template"])
-        assert len(d["messages"]) == len(users) * (2 if played else 1)
-    for document in documents(stub, "red"):
-        assert f" {len(document['dialogue'])}: " in document["template"]
-        assert all(turn["user"] and turn["assistant"] for turn in document["dialogue"])
-
-
 @pytest.mark.parametrize("flags", [[], pytest.param(["--target", "stub"], marks=pytest.mark.xfail(
     strict=True, reason="the printed number leaves --target out"))])
-def test_requests_carry_schema_and_picture_and_their_number_is_printed(stub, tmp_path, capsys, flags):
-    """
-    The number: one for each harmful seed and dialogue, 3 an SFT turn, 2 an attacked red-team turn.
-    With a target, equation 10 drops attacks that it withstands, here that of seed 4.
-    """
+def test_requests_carry_schema_and_picture_and_are_counted(stub, tmp_path, capsys, flags):
+    """Equation 10: with a target, an attack that it withstands is dropped, here that of seed 4."""
     whole, turns = make(tmp_path, out="whole"), Counter()
     for d in whole.values():
         turns.update({d["split"]: len(d["template"]), d["kind"]: len(d["template"])})
+    # a harmful seed, a dialogue, an SFT turn (red, blue, scorer), an attacked turn (target, scorer)
     n_calls = 12 + 36 + 3 * turns["sft"] + (2 * turns["red_team"] if flags else 0)
-    stub.asked.clear()
     assert {*whole} - {*make(tmp_path, *flags)} == ({"s4-red_team"} if flags else set())
-    assert len({role for role, _, _ in stub.asked}) == 5 + bool(flags)
     for role, document, request in list(stub.asked):
         assert {*json.loads(stub.reply(request))} <= {*request["schema"]["properties"]}
         shown = request["image"] and Image.open(io.BytesIO(request["image"])).getpixel((0, 0))[0]
@@ -328,7 +312,6 @@ def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues(stub, tmp_path, monk
         scores = {"safety": 6, "usefulness": {1: 7, 2: 5}.get(t, 6), "faithfulness": 1}
         change = {"q0?": {"safety": 5}, "q3?": {"usefulness": 4}, "q6?": {"safety": None}}
         return {"scores": {**scores, **(change.get(question, {}) if t == 2 else {})}}
-
     monkeypatch.setattr(stub, "tutor", tutor)
     kept = {d["seed_id"] for d in make(tmp_path).values() if d["split"] == "sft"}
     why = {row["id"][:2]: row["why"] for row in judge.read_log(tmp_path / "out/dropped.jsonl")}
@@ -350,7 +333,7 @@ def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub,
     write_seeds(tmp_path, 100)
     flags = "--shares 1 0 0 --perturb 0.5".split()
     texts, noises = [], []
-    for d in list(make(tmp_path, *flags).values())[:-1]:
+    for d in make(tmp_path, *flags).values():
         old = np.asarray(Image.open(tmp_path / f"{d['seed_id'][1:]}.png"), float)
         for path in d["images"]:
             new = np.asarray(Image.open(tmp_path / "out" / path), float)
@@ -364,29 +347,16 @@ def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub,
     assert files_in(tmp_path / "0") == files_in(tmp_path / "out") != files_in(tmp_path / "1")
 
 
-@pytest.mark.parametrize("how, again", [("untagged", 1), ("killed", 24), ("killed in a copy", 36)])
-def test_resume_asks_for_what_is_missing_and_ends_with_the_same_bytes(
-        stub, tmp_path, monkeypatch, how, again):
-    """A reply of the blue agent without proper tags is a failure, for which --resume asks again."""
-    def blue(d):
-        if how == "killed in a copy" or "red_team 1: sly q6?" not in str(d):
-            return {"reply": "<thinking>t</thinking><answer>a</answer>"}
-        return {"reply": "no tags" if how == "untagged" else 1 / 0}
-
-    def copy(source, target):
-        target.write_bytes(source.read_bytes() if how != "killed in a copy" else b"half")
-        assert how != "killed in a copy"
-
-    make(tmp_path, "--concurrency", "2", out="whole")               # four seeds a batch
-    with monkeypatch.context() as patch:
-        patch.setattr(stub, "blue", blue)
-        patch.setattr(synth.shutil, "copyfile", copy)
-        with pytest.raises((SystemExit, ZeroDivisionError, AssertionError)):
-            make(tmp_path, "--concurrency", "2")
-    stub.asked.clear()
-    make(tmp_path, "--concurrency", "2", "--resume")
+def test_resume_asks_only_for_what_failed_and_ends_with_the_same_bytes(stub, tmp_path, monkeypatch):
+    """Here one reply of the blue agent has no proper tags; for kills see test_resume.py."""
+    make(tmp_path, out="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        good, bad = stub.blue({}), {"reply": "no tags"}
+        patch.setattr(stub, "blue", lambda d: bad if "red_team 1: sly q6?" in str(d) else good)
+        make(tmp_path)
+    make(tmp_path, "--resume")
+    assert [d["kind"] for d in documents(stub, "expander")] == ["red_team"]
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
-    assert len(documents(stub, "expander")) == again
 
 
 def test_the_files_load_in_datasets(stub, tmp_path, monkeypatch):
@@ -394,9 +364,8 @@ def test_the_files_load_in_datasets(stub, tmp_path, monkeypatch):
     made = make(tmp_path)
     monkeypatch.chdir(tmp_path / "out")     # image paths are relative to the file
     data = datasets.Dataset.from_json("sft.jsonl", cache_dir=str(tmp_path))
-    assert data["messages"][0] == made[data["id"][0]]["messages"]
-    pictures = data.cast_column("images", datasets.List(datasets.Image()))["images"]
-    assert pictures[0][0].size == (32, 32)
+    row = data.cast_column("images", datasets.List(datasets.Image()))[0]
+    assert row["messages"] == made[row["id"]]["messages"] and row["images"][0].size == (32, 32)
 
 
 def test_the_audit_finds_a_leak_between_splits(folder):
@@ -407,6 +376,5 @@ def test_the_audit_finds_a_leak_between_splits(folder):
         command = [sys.executable, Path(__file__).with_name("audit.py"), folder]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == leak and f"{leak} seeds and 0 pictures" in done.stdout
-    # of the trigrams in common are 3 of 6, 3 of 6 and 6 of 6; different words in bench are 8 of 18
-    for line in ("Jaccard 0.67 on average, 1.00 at most", "bench: distinct-1 0.444"):
-        assert line in done.stdout
+    # trigrams in common: 3 of 6, 3 of 6 and 6 of 6; different words in bench: 8 of 18
+    assert "Jaccard 0.67 on average" in done.stdout and "bench: distinct-1 0.444" in done.stdout

