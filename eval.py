@@ -692,14 +692,18 @@ def publish(folders, out):
 # main
 
 
-def judge_preflight(ask, dialogues):
-    """Ask the judge about three first turns with a made-up reply."""
-    requests = []
+def preflight(ask, tutor, dialogues, args):
+    """Ask the judge, and the tutor if there is one, about three first turns with a made-up reply."""
+    examples, requests = [], []
     for d in dialogues[:3]:
         turn = {"user": text_of(user_turns(d)[0][0]), "assistant": "I would rather not say."}
+        examples.append(Rollout(dialogue=d, turns=[turn]))
         requests.append(judge.judge_request([turn], first_picture(d)))
     calls = sum(min(MAX_TURNS, len(user_turns(d))) for d in dialogues)
     judge.preflight("judge", ask, requests, judge.read_judge, calls)
+    if tutor is not None:
+        requests = tutor_requests(examples, args.strategies, MAX_TURNS)
+        judge.preflight("tutor", tutor, requests, judge.read_tutor, calls)
 
 
 def main(argv=None):
@@ -709,7 +713,7 @@ def main(argv=None):
     tutor = None
     if args.attacker == "adaptive":
         tutor = judge.backend("tutor", args.tutor, args.tutor_model, args.extra)
-    judge_preflight(ask, dialogues)
+    preflight(ask, tutor, dialogues, args)
     if args.dry_run:
         return
 

@@ -29,12 +29,11 @@ import os
 import random
 import re
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 # -----------------------------------------------------------------------------
@@ -200,7 +199,9 @@ def read_json(text):
     The JSON object in a reply: bare, fenced, after a preamble or after a <think> block. None if
     there is none, or more than one: a forged object that the model repeats must not win.
     """
-    text = (text or "").rpartition("</think>")[2]
+    text = (text or "").lstrip()
+    if text.startswith("<think>") or ("</think>" in text and not text.startswith("{")):
+        text = text.partition("</think>")[2]            # nothing, if the thoughts are cut off
     start, end = text.find("{"), text.rfind("}")
     if text.rfind("{") > end:       # an object that is cut off; one before it may be forged
         return None
@@ -292,6 +293,7 @@ def ask_and_read(ask, requests, read):
 MAX_REPLY = 2048        # tokens of a reply; room for a model that thinks first
 TIMEOUT = 120           # seconds for one request
 PATIENCE = 900          # seconds without any reply after which a busy or absent server is given up
+PAUSE = 0.5             # seconds before a request is sent again, at least
 BUSY = (408, 425, 429, 502, 503, 504)       # the server may take the same request later
 
 
@@ -359,46 +361,54 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
         self.model, self.key, self.extra, self.concurrency = model, key, extra, concurrency
         self.used, self.failures, self.recent = Counter(), Counter(), deque(maxlen=200)
-        self.schemas_refused, self.stopped = 0, threading.Event()
+        self.words = {}                             # what the server last said, by reason
+        self.schemas_refused, self.stopped = 0, False
 
     def __call__(self, requests):
-        self.done, self.total = 0, len(requests)
         self.last_reply = self.last_word = time.time()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                replies = list(pool.map(self.one, requests))
-            except BaseException:               # also Ctrl-C: no thread may go on waiting
-                self.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        replies, self.stopped = [], False
+        pool = ThreadPool(self.concurrency)         # its threads are daemons, so Ctrl-C is quick
+        try:
+            for reason, reply in pool.imap(self.one, requests):
+                replies.append(reply)
+                self.recent.append(reason)
+                if reason != "ok":
+                    self.failures[reason] += 1
+                self.say(f"{len(replies)} of {len(requests)} replies")
+        except TimeoutError as error:
+            raise SystemExit(f"{self.url}: {error}; --resume goes on")
+        finally:
+            self.stopped = True
+            pool.terminate()
         for reason, n in Counter(self.recent).items():
             if reason != "ok" and n >= 3 and n > 0.1 * len(self.recent):
-                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, "
-                                 f"{reason}: {self.last_words}")
+                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, {reason}: "
+                                 f"{self.words[reason]}")
         return replies
 
     def one(self, request):
-        """One request with all its attempts -> the reply, or None."""
-        # a server that refused three schemas is asked without any
+        """One request with all its attempts -> ("ok", reply) or (reason, None)."""
+        # a server that refused three schemas in a row is asked without any
         attempts, schema = 0, request.get("schema") if self.schemas_refused < 3 else None
-        while not self.stopped.is_set():
+        while not self.stopped:
             status, text, retry_after = post(self.url, self.key, self.body(request, schema))
             reply = self.read(text) if status == 200 else None
             if reply is not None:
-                if schema is None and "schema" in request:
-                    self.schemas_refused += 1
-                return self.finish("ok", reply)
-            reason = f"HTTP {status}" if status else text
-            self.last_words = self.words(text)
+                if "schema" in request and self.schemas_refused < 3:
+                    self.schemas_refused = 0 if schema else self.schemas_refused + 1
+                self.last_reply = time.time()
+                return "ok", reply
+
+            reason = f"HTTP {status}" if status else "no answer"
+            self.words[reason] = self.words_of(text)
             if schema and status and status not in BUSY:
                 schema = None                       # perhaps this server takes no schema
                 continue
             if status not in BUSY:
                 attempts += 1
-                if 400 <= status < 500 or attempts == 3:
-                    return self.finish(reason, None)
-            self.wait(f"{reason}: {self.last_words}", retry_after)
-        return None
+                if 300 <= status < 500 or attempts == 3:
+                    return reason, None
+            self.wait(reason, retry_after)
 
     def body(self, request, schema):
         """The body of a chat completion. A request without a picture sends a plain string."""
@@ -432,7 +442,7 @@ class Server:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
-    def words(self, text):
+    def words_of(self, text):
         """What the server says about an error, in one line and without the key."""
         try:
             text = json.loads(text)["error"]["message"]
@@ -440,27 +450,17 @@ class Server:
             pass
         return printable(" ".join(str(text).replace(self.key, "***").split())[:300])
 
-    def finish(self, reason, reply):
-        self.recent.append(reason)
-        self.done += 1
-        if reason == "ok":
-            self.last_reply = time.time()
-        else:
-            self.failures[reason] += 1
-        self.say(f"{self.done} of {self.total} replies")
-        return reply
-
     def wait(self, reason, retry_after):
         """Wait before the next attempt; end the run after PATIENCE seconds without any reply."""
         idle = time.time() - self.last_reply
         if idle > PATIENCE:
-            raise SystemExit(f"{self.url}: no reply for {PATIENCE} s, {reason}; --resume goes on")
-        self.failures[f"waited, {reason[:8]}"] += 1
-        self.say(f"waiting, {reason}")
-        pause = min(30.0, 0.5 + 0.2 * idle)     # the longer it lasts, the rarer we ask
+            raise TimeoutError(f"no reply for {PATIENCE} s, {reason}: {self.words[reason]}")
+        self.failures[f"waited, {reason}"] += 1
+        self.say(f"waiting, {reason}: {self.words[reason]}")
+        pause = min(30.0, PAUSE + 0.2 * idle)       # the longer it lasts, the rarer we ask
         if re.fullmatch(r"\d+(\.\d+)?", retry_after, re.ASCII):
             pause = max(pause, min(float(retry_after), 60.0))
-        self.stopped.wait(pause * random.uniform(1, 1.3))       # not all threads at once
+        time.sleep(pause * random.uniform(1, 1.3))              # not all threads at once
 
     def say(self, text):
         """At most one line in ten seconds on stderr, so that slow servers are not silent."""
@@ -471,8 +471,10 @@ class Server:
 
 def print_use(**back_ends):
     """One line per server that was asked: what it cost and what went wrong."""
+    seen = []
     for role, ask in back_ends.items():
-        if isinstance(ask, Server):
+        if isinstance(ask, Server) and ask not in seen:     # roles can share a server
+            seen.append(ask)
             counts = [f"{n:,} {what}" for what, n in {**ask.used, **ask.failures}.items()]
             print(f"{role}: {', '.join(counts)}")
 

@@ -29,6 +29,7 @@ if sys.argv[1:2] == ["--worker"]:
     import grpo
     import sft
     import tcsr
+    WORDS = tiny.lexicon()
 
 # job: (script, flags of both sides, flags of TRL, (steps, warmup) of a full and of a quick run).
 # The first step and `warmup` more do not count.
@@ -106,10 +107,10 @@ def run_sft(args, student):
 
 def ask(requests):
     """The tutor: random scores, and a next turn as long as that of TRL's script."""
-    replies, words = [], tiny.lexicon()
+    replies = []
     for _ in requests:
         scores = {key: random.randint(1, 10) for key in ("safety", "usefulness", "faithfulness")}
-        turn = tiny.sentence(random, words, random.randint(16, 22))
+        turn = tiny.sentence(random, WORDS, random.randint(16, 22))
         replies.append(json.dumps({"scores": scores, "next_turn": turn}))
     return replies
 

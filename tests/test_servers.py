@@ -181,9 +181,7 @@ def test_a_dead_server_is_given_up_in_one_line(monkeypatch):
     assert "127.0.0.1:9" in last_words(ask, requests_of(50))
 
 
-@pytest.mark.parametrize("behave", (lambda n, body: error(503), pytest.param(
-    lambda n, body: time.sleep(3), marks=pytest.mark.xfail(
-        strict=True, reason="the pool waits for its threads, up to TIMEOUT seconds"))))
+@pytest.mark.parametrize("behave", (lambda n, body: error(503), lambda n, body: time.sleep(3)))
 def test_ctrl_c_stops_at_once(server, behave):
     server.behave = behave
     code = f"import judge; ask = judge.backend('tutor', {server.url!r}, 'm'); " \
@@ -218,7 +216,6 @@ def test_a_server_that_takes_no_schema_is_soon_asked_without_one(server, status)
     assert len(server.bodies) < 12 and "response_format" in server.bodies[0]
 
 
-@pytest.mark.xfail(strict=True, reason="three failures, however far apart, turn schemas off")
 def test_rare_errors_do_not_turn_schemas_off(server):
     server.behave = lambda n, body: n % 5 == 2 and error(500, "hiccup")
     client(server, concurrency=1)(requests_of(20))
@@ -231,7 +228,6 @@ def no_pictures(n, body):
     return answers("{}")(n, body)
 
 
-@pytest.mark.xfail(strict=True, reason="the words that are shown are those of any request")
 def test_a_server_that_refuses_pictures_stops_a_run_with_mixed_data(server):
     """Else the dialogues with pictures would vanish from the training without a word."""
     server.behave = lambda n, body: error(429, "slow down") if n == 9 else no_pictures(n, body)
@@ -287,8 +283,7 @@ EVAL = "--endpoint {url} --endpoint_model m --data {data}/bench.jsonl --judge {u
      "GENERATOR"),
     (grpo, "--model x --data {data}/rl.jsonl --tutor {url} --tutor_model m --prompts 1", "TUTOR"),
     (evaluation, EVAL, "JUDGE"),
-    pytest.param(evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m",
-                 "JUDGE TUTOR", marks=pytest.mark.xfail(strict=True, reason="no tutor asked"))))
+    (evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m", "JUDGE TUTOR")))
 def test_a_dry_run_asks_every_server_and_loads_and_writes_nothing(
         server, world, tmp_path, monkeypatch, script, words, roles):
     for role in roles.split():

@@ -291,7 +291,7 @@ def test_the_loss_is_a_naive_mean_however_it_is_split(fresh, mixed, nf4):       
     """Also with recomputed activations, and after an evaluation, which leaves nothing behind."""
     student, args = fresh(nf4), sft.parse_args("--model m --data d --out o".split())
     policy = [p for name, p in student.model.named_parameters() if ".policy." in name]
-    rows = batch_of(student, [mixed[0], mixed[3]] * 2)[0]       # equal lengths, so that rows share a pass
+    rows = batch_of(student, [mixed[0], mixed[3]] * 2)[0]       # rows that share a pass
     logps = [p for row in rows for p in naive_logps(student, row)]
     expected = -sum(logps) / len(logps)
     expected.backward()
