@@ -673,7 +673,7 @@ def main(argv=None):
     add("--out", default="out/toy/world", help="output folder")
     add("--seed", type=judge.seed, default=0, help="pictures, initial weights, order of training")
     add("--see_steps", type=count, default=180, help="steps of 64 pictures for the vision tower")
-    add("--steps", type=count, default=240, help="steps of 20 to 32 dialogues for all weights")
+    add("--steps", type=count, default=400, help="steps of 20 to 32 dialogues for all weights")
     add("--n_sft", type=count, default=200, help="seeds for SFT, half of them benign")
     add("--n_rl", type=count, default=160, help="seeds for RL, half of them benign")
     add("--n_bench", type=count, default=200, help="seeds of the bench, half of them benign")
