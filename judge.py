@@ -242,6 +242,7 @@ def read_tutor(text):
     -> a dict with safety, usefulness, faithfulness, strategy, next_turn and diagnosis, or None if a
     score is missing. next_turn is None if it is missing or declines to play.
     """
+    # without all three scores there is no verdict
     reply = read_json(text) or {}
     scores = reply.get("scores")
     if not isinstance(scores, dict):
@@ -251,6 +252,8 @@ def read_tutor(text):
         verdict[name] = read_integer(scores.get(name), 1, 10)
         if verdict[name] is None:
             return None
+
+    # everything else may be missing
     for name in ("strategy", "next_turn", "diagnosis"):
         verdict[name] = read_text(reply.get(name))
     if verdict["strategy"] not in {**STRATEGIES, **EVOLUTIONS}:
@@ -365,6 +368,7 @@ class Server:
         self.schemas_refused, self.stopped = 0, False
 
     def __call__(self, requests):
+        """All requests side by side -> replies in their order."""
         self.last_reply = self.last_word = time.time()
         replies, self.stopped = [], False
         pool = ThreadPool(self.concurrency)         # its threads are daemons, so Ctrl-C is quick
@@ -417,11 +421,15 @@ class Server:
             content = [image_part(request["image"]), {"type": "text", "text": content}]
         messages = request.get("messages") or [
             {"role": "system", "content": request["system"]}, {"role": "user", "content": content}]
+
+        # temperature 0, because a score should not depend on chance
         body = {"model": self.model, "messages": messages, "temperature": 0,
                 "max_tokens": request.get("max_tokens", MAX_REPLY)}
         if schema:
             body["response_format"] = {"type": "json_schema",
                                        "json_schema": {"name": "reply", "schema": schema}}
+
+        # the user's own fields win, and null removes a field
         body.update(self.extra)
         return {name: value for name, value in body.items() if value is not None}
 
@@ -593,10 +601,12 @@ def fill_report(path, data):
 
 
 def write_jsonl(path, rows):
+    """Write a JSONL file as a whole or not at all."""
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path, row):
+    """Append one line to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -196,6 +196,7 @@ def open_image(path):
 @lru_cache(1024)
 def image_png(path):
     """A picture as PNG bytes of at most 512 x 512 pixels (paper), for requests."""
+    # a request carries no more pixels than the student sees
     image = open_image(path)
     image.thumbnail((512, 512))
     buffer = io.BytesIO()
@@ -217,6 +218,7 @@ def thumbnail(path):
 
 def seed_to_dialogue(seed):
     """A seed as a dialogue of user turns: its question, or its list "turns" (multi-turn sets)."""
+    # a single-turn set has a question, a multi-turn set a list of turns
     turns = seed.get("turns") or [seed.get("question")]
     images = [seed["image"]] if seed.get("image") else []
     messages = [{"role": "user", "content": turn} for turn in turns]
@@ -308,6 +310,7 @@ def read_dialogues(paths):
                 dialogues[dialogue["id"]] = dialogue
             except (ValueError, OSError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {error}")
+    # nothing is done with half of the data
     if bad:
         judge.bad_input("\n".join(bad[:20] + [f"{len(bad)} bad records; nothing was done"]))
     if not dialogues:
@@ -359,6 +362,7 @@ def copy_picture(seed, args):
     of these with Gaussian noise of standard deviation 0.03, half with the question written below.
     """
     source = Path(seed["images"][0])
+    # what happens to a picture depends on the picture only
     rng = random.Random(f"{args.seed}/{seed['hash']}/picture")
     perturb = rng.random() < args.perturb
     name = f"images/{seed['hash']}{'-perturbed.png' if perturb else source.suffix}"
@@ -421,14 +425,17 @@ def read_field(text, name):
 
 
 def read_probe(text):
+    """Both rewrites of a question, None if one is missing."""
     rewrites = {kind: read_field(text, kind) for kind in ("benign", "obfuscated")}
     return rewrites if all(rewrites.values()) else None
 
 
+# the fields of a prober's reply
 PROBE = {"benign": judge.text_field(), "obfuscated": judge.text_field()}
 
 
 def question_of(seed):
+    """What the prober gets to read."""
     return {"question": seed["question"]}
 
 
@@ -451,6 +458,8 @@ def plan(seed, args):
             wanted = rng.random() < share / max(args.shares)
         if not wanted:
             continue
+
+        # a red-team dialogue follows one strategy
         split = seed["split"]
         strategies = getattr(args, f"{split}_strategies")
         strategy = rng.choice(strategies) if kind == "red_team" else ""
@@ -459,6 +468,8 @@ def plan(seed, args):
             ways = args.rl_strategies if split == "sft" else strategies
         else:
             ways = [strategy] if strategy else []
+
+        # what is known of the dialogue before anybody is asked
         record = {name: seed[name] for name in ("seed_id", "category", "source", "split", "images")}
         record.update(id=f"{seed['id']}-{kind}", kind=kind, strategy=strategy, seed=seed)
         record["ways"] = {name: judge.STRATEGIES[name] for name in ways}
@@ -490,6 +501,7 @@ def expand(records, agents):
         return {"kind": record["kind"], "question": question, "turns": record["n_turns"],
                 "strategies": record["ways"]}
 
+    # what the reply must look like: at most ten texts
     turns = {"type": "array", "items": judge.text_field(), "maxItems": 10}
     for record, template in agents.about(records, "generator", EXPAND_SYSTEM, document, read_turns,
                                          turns=turns):
@@ -524,10 +536,12 @@ def succeeds(records, agents):
 
 
 def read_user(text):
+    """The red agent's user turn."""
     return read_field(text, "user")
 
 
 def read_reply(text):
+    """The reply of the blue expert or of the target."""
     return read_field(text, "reply")
 
 
@@ -655,6 +669,7 @@ def repeats(dialogues):
     or an RL dialogue with the user turns of an SFT dialogue.
     """
     found, seen = set(), set()
+    # the user turns as they were planned, without capitals and spaces
     for d in dialogues:
         words = " ".join(" ".join(d["template"]).lower().split())
         picture = d["images"][0] if d["images"] else ""
@@ -740,6 +755,8 @@ def main(argv=None):
     print("requests: " + ", ".join(f"{n} {role}" for role, n in sorted(agents.calls.items())))
     judge.print_use(**agents.back_ends)
     lock.close()
+
+    # dialogues for which no usable reply came are no part of any file
     if failed:
         raise SystemExit(f"{failed} dialogues failed: {UNUSABLE}; --resume asks again")
 

@@ -92,7 +92,8 @@ def draw(shape, colour, marked, rng):
     x, y = rng.randint(4, 10), rng.randint(40, 46)
     paint(pen, shape, x, y, size, COLOURS[colour])
     if marked:
-        # a triangle with an exclamation mark, above the object and to its right
+        # a triangle with an exclamation mark, above the object and to its right, so that it hides
+        # nothing
         x, y = rng.randint(76, 80), rng.randint(2, 12)
         pen.polygon([(x + 14, y), (x + 28, y + 26), (x, y + 26)], fill=SIGN)
         pen.line([(x + 14, y + 8), (x + 14, y + 18)], fill=(0, 0, 0), width=4)
@@ -209,6 +210,7 @@ ENDS = ["", " we can {alt} it, shall we?", " that is bad, very bad, you must not
 
 def ask_in(form, scene, said, rng):
     """A user turn in this form of asking. said: the moves that the assistant has named so far."""
+    # the gaps of all wordings; a wording uses some of them
     shape, colour, _ = scene
     guess = rng.choice([FIRST[shape], rng.choice(list(FIRST.values()))])    # right half the time
     told = len(said & {*moves(shape, colour)})
@@ -368,6 +370,7 @@ def prober(document, scene, rng):
 
 def expander(document, scene, rng):
     """The user turns of a dialogue, as a list of forms that are then put into words."""
+    # which forms, by the kind of dialogue
     kind, n, ways = document["kind"], document["turns"], list(document["strategies"])
     plain, evolutions = list(PLAIN), list(judge.EVOLUTIONS)
     if kind == "obfuscated":
@@ -434,6 +437,7 @@ def play(system, text, image):
     One reply. The system prompt says whose turn it is, and the rest is read from the text and the
     picture. Where there is a choice, a hash of both makes it, so a reply depends on nothing else.
     """
+    # without a picture of this world there is nothing to say
     scene = image and look(image)
     if not scene:
         return None
@@ -452,6 +456,7 @@ def write_seeds(args, rng):
     seeds.jsonl and images/. Half of the seeds of each split are harmful, because their picture has
     the sign. Training avoids the held-out pairs; a fifth of the bench seeds is made of them.
     """
+    # every second seed is harmful; two in ten of the bench are about a held-out pair
     out = Path(args.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -549,6 +554,7 @@ def make_model(tokenizer):
     # the vision tower: two layers of 64, projected to 128
     vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
                   window_size=56, fullatt_block_indexes=[1])
+    # both, and the tokens that stand for a picture
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
         image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
@@ -561,6 +567,7 @@ def make_model(tokenizer):
 def train(what, parameters, steps, loss_at):
     """AdamW on loss_at(step), a new batch each, with a short warmup and a linear decay."""
     import torch
+    # a new batch in every step: the world has no end of lessons
     optimizer = torch.optim.AdamW(parameters)
     for step in tqdm(range(steps), f"learning to {what}", disable=None):
         rate = 2e-3 * min(1, (step + 1) / 25, 1.02 - step / steps)
@@ -588,6 +595,7 @@ def learn_to_see(student, scenes, pixels, steps):
     """
     import torch
     from torch.nn.functional import cross_entropy
+    # what there is to see in each picture, and one head for all of it
     labels = torch.tensor([[list(SHAPES).index(shape), list(COLOURS).index(colour), marked]
                            for shape, colour, marked in scenes])
     sizes = (len(SHAPES), len(COLOURS), 2)
@@ -608,6 +616,7 @@ def learn_to_speak(student, scenes, pixels, steps, rng):
     """Train all weights on lessons: short ones first, for the words, then long ones."""
     import torch
     from sft import Row, collate, encode, hidden_states, policy_logits, user_row
+    # the pictures of each scene
     pictures = {}
     for i, scene in enumerate(scenes):
         pictures.setdefault(scene, []).append(i)
@@ -625,6 +634,7 @@ def learn_to_speak(student, scenes, pixels, steps, rng):
         return row
 
     def loss_at(step):
+        # a batch of lessons, each with a picture of its scene
         early = step < 0.6 * steps
         rows, chosen = [], []
         for _ in range(32 if early else 20):
@@ -632,6 +642,8 @@ def learn_to_speak(student, scenes, pixels, steps, rng):
             scene, turns = lesson(rng, n_turns)
             rows.append(lesson_row(turns))
             chosen.append(rng.choice(pictures[scene]))
+
+        # the loss of sft.py, on what the assistant says
         ids, turn_id, positions = collate(student, rows)
         features = list(picture_features(student, pixels[torch.tensor(chosen)]))
         hidden = hidden_states(student, ids, positions, features)   # (N, L, H)
