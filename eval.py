@@ -703,7 +703,7 @@ def publish(folders, out):
 
 
 def preflight(ask, tutor, dialogues, args):
-    """Ask the judge, and the tutor if there is one, about three first turns with a made-up reply."""
+    """Ask the judge, and the tutor if there is one, about three turns with a made-up reply."""
     examples, requests = [], []
     for d in dialogues[:3]:
         turn = {"user": text_of(user_turns(d)[0][0]), "assistant": "I would rather not say."}

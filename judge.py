@@ -386,8 +386,8 @@ class Server:
             pool.terminate()
         for reason, n in Counter(self.recent).items():
             if reason != "ok" and n >= 3 and n > 0.1 * len(self.recent):
-                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, {reason}: "
-                                 f"{self.words[reason]}")
+                raise SystemExit(f"{self.url}: {n} of {len(self.recent)} requests failed, "
+                                 f"{reason}: {self.words[reason]}")
         return replies
 
     def one(self, request):

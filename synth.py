@@ -32,6 +32,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -220,6 +221,8 @@ def seed_to_dialogue(seed):
     """A seed as a dialogue of user turns: its question, or its list "turns" (multi-turn sets)."""
     # a single-turn set has a question, a multi-turn set a list of turns
     turns = seed.get("turns") or [seed.get("question")]
+    if not isinstance(turns, list):
+        raise ValueError("turns: no list")
     images = [seed["image"]] if seed.get("image") else []
     messages = [{"role": "user", "content": turn} for turn in turns]
     if images:
@@ -249,7 +252,7 @@ def check_dialogue(record, folder):
     if roles[0] == "system":
         roles = roles[1:]
     alternating = [("user", "assistant")[i % 2] for i in range(len(roles))]
-    need(roles and (roles == alternating or set(roles) == {"user"}),
+    need(roles and (roles == alternating or roles == ["user"] * len(roles)),
          "messages: roles must be [system,] user, assistant, user, .. or user turns only")
 
     # each message is a text or a list of parts
@@ -272,7 +275,7 @@ def check_dialogue(record, folder):
          f"images: must be a list of {n_image_parts} paths, one for each image part")
     for path in images:
         need(isinstance(path, str), "images: must be paths")
-        file = Path(folder, path).resolve()
+        file = Path(os.path.realpath(Path(folder, path)))
         need(file.is_relative_to(Path(folder).resolve()), f"images: {path} is outside {folder}")
         need(file.is_file(), f"images: there is no file {path}")
         open_image(file)
@@ -720,12 +723,15 @@ def main(argv=None):
     split_seeds(seeds, args.splits, args.seed)
 
     # one call per harmful seed and per dialogue, and three per SFT turn: red, blue and scorer
-    n_dialogues = n_turns = 0
+    # with a target, two more per red-team turn: target and scorer
+    n_dialogues = n_turns = n_attacks = 0
     for seed in seeds:
         records = plan(seed, args)
         n_dialogues += len(records)
         n_turns += sum(r["n_turns"] for r in records if r["split"] == "sft")
-    n_calls = sum(s["kind"] != "benign" for s in seeds) + n_dialogues + 3 * n_turns
+        n_attacks += sum(r["n_turns"] for r in records if r["kind"] == "red_team" and args.target)
+    n_harmful = sum(seed["kind"] != "benign" for seed in seeds)
+    n_calls = n_harmful + n_dialogues + 3 * n_turns + 2 * n_attacks
     print(f"{len(seeds)} seeds, {n_dialogues} dialogues planned with {n_turns} SFT turns")
     requests = [request(PROBE_SYSTEM, question_of(s), s["images"], **PROBE) for s in seeds[:3]]
     judge.preflight("generator", agents.back_ends["generator"], requests, read_probe, n_calls)

@@ -78,10 +78,9 @@ BAD = {     # how a message begins: records in which this field is bad
         talk(*say("a", " ")), talk(*say("a", "b", "c"), *say("d")), seed(turns=["one", ""])]}
 MISTYPED = {"turns: ": [seed(turns=7), seed(turns="one")], "images:": [seed(image="loop.png")],
             "messages:": [talk({"role": ["user"], "content": "hi"})]}
-xfail = pytest.mark.xfail(strict=True, reason="a traceback, or a turn for each letter of a string")
 
 
-@pytest.mark.parametrize("field", [*BAD, *(pytest.param(f, marks=xfail) for f in MISTYPED)])
+@pytest.mark.parametrize("field", [*BAD, *MISTYPED])
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
     for bad in {**BAD, **MISTYPED}[field]:
         path = write(folder, record(id="appears twice"), bad, record(id="ok"))
@@ -92,7 +91,7 @@ def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
 def test_the_first_twenty_are_named_all_are_counted_and_no_pipe_is_waited_for(folder, capsys):
     path = write(folder, record(id="ok"), *[record(id=f"b{i}", kind="?") for i in range(33)])
     lines = refused(capsys, path)
-    assert len(lines) == 21 and lines[19].startswith(f"{path}:21: kind") and "33" in lines[20]
+    assert len(lines) == 21 and f"{path}:21: kind" in lines[19] and "33" in lines[20]
     os.mkfifo(folder / "pipe")
     for path in (folder, folder / "gone.jsonl", folder / "pipe", write(folder, name="empty.jsonl")):
         assert len(refused(capsys, path)) == 1
@@ -103,7 +102,6 @@ JUNK = st.recursive(st.none() | st.booleans() | st.floats() | WORDS,
                     lambda part: st.lists(part) | st.dictionaries(WORDS, part), max_leaves=6)
 
 
-@xfail
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(JUNK, st.sampled_from([*record(), "question", "turns", "image", "role", "content"]))
 def test_a_record_with_junk_in_a_field_is_refused_or_can_be_used(folder, junk, field):
@@ -133,7 +131,6 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     def pixels(image, name, **more):
         image.save(tmp_path / name, **more)
         return np.asarray(synth.open_image(tmp_path / name)).astype(int)
-
     # a ramp stays a ramp; Pillow alone makes 16 bits white, and floats black
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
     for values, name in ((np.uint16(65535 * ramp), "grey.png"), (np.float32(ramp), "float.tif")):
@@ -269,8 +266,9 @@ def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub,
         assert [*document["strategies"]] == ways[d["kind"]]
         assert rewrite == ("safe" if d["kind"] == "benign" else "sly")
         assert d["split"] != "sft" or d["strategy"] in ("", "yes_ladder", "context_switch")
-        low, high = synth.BENCH_TURNS if d["split"] == "bench" else synth.TURNS[d["kind"]]
-        assert low <= len(d["template"]) <= high and len(d["images"]) == (number != "11")
+        low, high = synth.TURNS[d["kind"]]
+        assert low <= len(d["template"]) <= high or d["split"] == "bench"
+        assert len(d["images"]) == (number != "11")
     # the red agent sees the template and the dialogue, and both versions of a turn are kept
     for d in made.values():
         users = [synth.text_of(content) for content, _ in synth.user_turns(d)]
@@ -283,13 +281,15 @@ def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub,
 def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
     args = synth.parse_args("--seeds s --out o --generator g --shares 1 0 .5".split())
     for kind, expected in (("harmful", [400, 0, 200]), ("benign", [400, 0, 0])):
-        seeds = [seed(id=f"{i}", kind=kind, source="", split="rl", images=[]) for i in range(400)]
-        kinds = [record["kind"] for one in seeds for record in synth.plan(one, args)]
-        assert [kinds.count(kind) for kind in synth.KINDS] == pytest.approx(expected, abs=40)
+        rows = []
+        for i in range(400):
+            rows += synth.plan(seed(id=f"{i}", kind=kind, source="", split="bench", images=[]), args)
+        counts = [sum(row["kind"] == kind for row in rows) for kind in synth.KINDS]
+        assert counts == pytest.approx(expected, abs=40)
+        assert {row["n_turns"] for row in rows} == {*range(2, 11)}      # the paper's, on the bench
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--target", "stub"], marks=pytest.mark.xfail(
-    strict=True, reason="the printed number leaves --target out"))])
+@pytest.mark.parametrize("flags", [[], ["--target", "stub"]])
 def test_requests_carry_schema_and_picture_and_are_counted(stub, tmp_path, capsys, flags):
     """Equation 10: with a target, an attack that it withstands is dropped, here that of seed 4."""
     whole, turns = make(tmp_path, out="whole"), Counter()
