@@ -26,7 +26,7 @@ toy: .venv/toy
 		&& wait $$other || { tail $(OUT)/base.log; exit 1; }
 	$(EVAL) --adapter $(OUT)/sft --out $(OUT)/eval/sft --name sft > $(OUT)/sft.log 2>&1 & other=$$!; \
 	$(PY) grpo.py --model $(OUT)/world/base --adapter $(OUT)/sft --data $(OUT)/data/rl.jsonl --out $(OUT)/grpo \
-		--tutor toy --strategies $(RL_STRATEGIES) --seed $(SEED) --epochs 2.5 --lr 1e-3 --beta 0.05 \
+		--tutor toy --strategies $(RL_STRATEGIES) --seed $(SEED) --epochs 2 --lr 1e-3 --beta 0.05 \
 		--max_new 40 --max_tokens 1024 --micro_tokens 2500 $(GRPO) && wait $$other || { tail $(OUT)/sft.log; exit 1; }
 	$(EVAL) --adapter $(OUT)/grpo --out $(OUT)/eval/grpo --name grpo
 	$(PY) eval.py compare $(OUT)/eval/base $(OUT)/eval/sft $(OUT)/eval/grpo --out $(OUT)

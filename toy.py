@@ -635,11 +635,10 @@ def learn_to_speak(student, scenes, pixels, steps, rng):
         return row
 
     def loss_at(step):
-        # a batch of lessons, each with a picture of its scene
-        early = step < 0.6 * steps
+        # 64 turns, in lessons of equal length because padding costs as much as text
+        n_turns = rng.choice((1, 2) if step < 0.5 * steps else (1, 2, 4, 8))
         rows, chosen = [], []
-        for _ in range(32 if early else 20):
-            n_turns = rng.randint(1, 2) if early else rng.choice((1, 2, 4, 8))
+        for _ in range(64 // n_turns):
             scene, turns = lesson(rng, n_turns)
             rows.append(lesson_row(turns))
             chosen.append(rng.choice(pictures[scene]))
@@ -686,7 +685,7 @@ def main(argv=None):
     add("--out", default="out/toy/world", help="output folder")
     add("--seed", type=judge.seed, default=0, help="pictures, initial weights, order of training")
     add("--see_steps", type=count, default=180, help="steps of 64 pictures for the vision tower")
-    add("--steps", type=count, default=400, help="steps of 20 to 32 dialogues for all weights")
+    add("--steps", type=count, default=300, help="steps of 64 turns for all weights")
     add("--n_sft", type=count, default=200, help="seeds for SFT, half of them benign")
     add("--n_rl", type=count, default=160, help="seeds for RL, half of them benign")
     add("--n_bench", type=count, default=200, help="seeds of the bench, half of them benign")

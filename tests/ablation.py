@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval
 import judge
 
-GRPO = ("--epochs 2.5 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro_tokens 2500 "
+GRPO = ("--epochs 2 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro_tokens 2500 "
         "--strategies yes_ladder hypothetical_escalation sunk_cost_anchor gradual_desensitisation "
         "authority_escalation emotional_appeal --tutor toy").split()
 SFT = "--lr 3e-3 --lora_r 8 --lora_alpha 16 --micro_tokens 1500 --max_tokens 1024".split()

@@ -69,20 +69,19 @@ BAD = {     # how a message begins: records in which this field is bad
          record(id="half a character \ud83d"), seed(image="x\0.png"), seed(image="x" * 5000)],
     "id: ": [{}, record(id=7), record(id=""), record(id=["a"]), record(id="appears twice")],
     "seed_id: ": [record(seed_id=3), seed(seed_id="")], "kind: ": [record(kind="evil")],
-    "split: ": [seed(split="train"), record(split=["sft"])],
-    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), seed(image="gone"),
-                 seed(image="../secret"), seed(image="/etc/passwd"), seed(image="link.png")],
+    "split: ": [seed(split="train"), seed(split=[1])], "turns: ": [seed(turns=7), seed(turns="a")],
+    "images: ": [record(images="x.png"), record(images=[1]), record(images=[]), *[
+        seed(image=path) for path in ("gone", "loop.png", "../secret", "/etc/passwd", "link.png")]],
     "messages: ": [
         record(messages=None), record(messages=[]), record(messages=say(HI, HI)), talk("hi"),
         talk(*say(3)), talk(*say([])), talk(*say([{"type": "video"}])), talk(*say("a", "b")[1:]),
-        talk(*say("a", " ")), talk(*say("a", "b", "c"), *say("d")), seed(turns=["one", ""])]}
-MISTYPED = {"turns: ": [seed(turns=7), seed(turns="one")], "images:": [seed(image="loop.png")],
-            "messages:": [talk({"role": ["user"], "content": "hi"})]}
+        talk(*say("a", " ")), talk(*say("a", "b", "c"), *say("d")), seed(turns=["one", ""]),
+        talk({"role": ["user"], "content": "hi"})]}
 
 
-@pytest.mark.parametrize("field", [*BAD, *MISTYPED])
+@pytest.mark.parametrize("field", BAD)
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
-    for bad in {**BAD, **MISTYPED}[field]:
+    for bad in BAD[field]:
         path = write(folder, record(id="appears twice"), bad, record(id="ok"))
         lines = refused(capsys, path)
         assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field}"), lines
@@ -283,7 +282,8 @@ def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
     for kind, expected in (("harmful", [400, 0, 200]), ("benign", [400, 0, 0])):
         rows = []
         for i in range(400):
-            rows += synth.plan(seed(id=f"{i}", kind=kind, source="", split="bench", images=[]), args)
+            one = seed(id=f"{i}", kind=kind, source="", split="bench", images=[])
+            rows += synth.plan(one, args)
         counts = [sum(row["kind"] == kind for row in rows) for kind in synth.KINDS]
         assert counts == pytest.approx(expected, abs=40)
         assert {row["n_turns"] for row in rows} == {*range(2, 11)}      # the paper's, on the bench

@@ -182,8 +182,8 @@ def test_killed_at_any_file_operation_of_a_save_the_last_two_are_complete(fresh,
 @pytest.mark.parametrize("script, file, content", [
     ("sft", "args.json", b""), ("sft", "log.jsonl", b"\0\0\n"), ("grpo", "rollouts.jsonl", b"{\n"),
     ("synth", "rl.jsonl", b"{]\n"), ("eval", "samples.jsonl", b"\xff\n"),
-    ("sft", "step_000004/adapter_model.safetensors", bytes(99)),
-    ("sft", "step_000004/optimizer.pt", b""), ("sft", "step_000004/run.json", b"")])
+    ("sft", "step_000004/adapter_model.safetensors", bytes(9)),
+    ("sft", "step_000004/optimizer.pt", bytes(9999)), ("sft", "step_000004/run.json", b"")])
 def test_a_damaged_folder_is_one_line(words, straight, tmp_path, capsys, script, file, content):
     out = shutil.copytree(straight(script)[0], tmp_path / "out")
     (out / file).write_bytes(content)
