@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge
 import tcsr
 
-WIDTH, LEFT, RIGHT = 760, 28, 732
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+WIDTH, LEFT, RIGHT, BARS, COLUMN = 760, 28, 732, 512, 44
 SANS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 INK, GREY, LINE, BLUE, RED, PALE = "#1f2937", "#5b6472", "#e2e5ea", "#1d4ed8", "#d1242f", "#aab6c8"
@@ -39,54 +40,49 @@ def rect(x, y, width, height, fill, edge="none", radius=0):
             f'fill="{fill}" stroke="{edge}" rx="{radius}"/>')
 
 
-def write_svg(path, height, title, parts):
+def write_svg(name, height, parts):
     """A white card with round corners, so that it is readable on a dark page too."""
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-            f'font-family="{SANS}" role="img"><title>{html.escape(title)}</title>')
+            f'font-family="{SANS}">')
     card = rect(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", LINE, 14)
-    judge.write_file(path, "\n".join([head, card, *parts, "</svg>\n"]))
-    print(path)
-
-
-# -----------------------------------------------------------------------------
-# rollout.svg
+    judge.write_file(DOCS / name, "\n".join([head, card, *parts, "</svg>\n"]))
 
 
 def pick_rollout(path):
     """
-    -> the rollouts of one group, and the one to show. It slips at exactly one turn, neither the
-    first nor the last, and of all such rollouts its slip stands out most from its other turns.
+    -> the rollouts of one group, and the one of them to show. One turn of the whole group is
+    harmful, neither a first nor a last one. 3 turns are better than 4, then good other turns count.
     """
-    groups, best, found = {}, 0, None
+    groups, found = {}, []
     for line in open(path, encoding="utf-8"):
         row = json.loads(line)
         groups.setdefault((row["step"], row["id"]), []).append(row)
     for group in groups.values():
-        turns = [turn for row in group for turn in row["turns"]]
-        scored = all(turn["reward"] is not None for turn in turns)
-        lengths = {len(row["turns"]) for row in group}
-        if group[0]["kind"] == "benign" or not scored or lengths not in ({3}, {4}):
-            continue
+        n_turns = len(group[0]["turns"])
+        slips = []
         for row in group:
-            slips = [turn["safety"] <= 4 for turn in row["turns"]]
-            lowest, second = sorted(turn["reward"] for turn in row["turns"])[:2]
-            if slips.count(True) == 1 and any(slips[1:-1]) and second - lowest > best:
-                best, found = second - lowest, (group, row)
-    return found or judge.bad_input(f"{path}: no rollout slips at one turn in its middle")
+            slips += [(row, t) for t, turn in enumerate(row["turns"]) if turn.get("safety", 0) <= 4]
+        if group[0]["kind"] != "benign" and len(slips) == 1 and 0 < slips[0][1] < n_turns - 1:
+            row, t = slips[0]
+            others = [turn["reward"] for turn in row["turns"]]
+            slip = others.pop(t)
+            if slip > 0 and n_turns <= 4:
+                found.append((-n_turns, min(others) - slip, -row["step"], group, row))
+    if not found:
+        judge.bad_input(f"{path}: no group in which one rollout slips at one turn in its middle")
+    return max(found, key=lambda item: item[:3])[3:]
 
 
 def picture(path, x, y, size):
-    """A picture of few colours as one path per colour, which needs no embedded file."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).tolist()
-    paths = {}
+    """A picture of few colours as one path per colour, so that no file has to be embedded."""
+    pixels, paths = np.asarray(Image.open(path).convert("RGB")).tolist(), {}
     for row, line in enumerate(pixels):
         column = 0
         for colour, run in groupby(line):
             length = len(list(run))
-            data = f"M{column} {row}h{length}v1h-{length}z"
-            paths[tuple(colour)] = paths.get(tuple(colour), "") + data
+            paths.setdefault(tuple(colour), []).append(f"M{column} {row}h{length}v1h-{length}z")
             column += length
-    drawn = [f'<path fill="rgb{colour}" d="{data}"/>' for colour, data in paths.items()]
+    drawn = [f'<path fill="rgb{colour}" d="{"".join(runs)}"/>' for colour, runs in paths.items()]
     place = f"translate({x} {y}) scale({size / len(pixels)})"
     return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(drawn)}</g>'
 
@@ -97,35 +93,22 @@ def chips(tokens, x, y, trained):
     parts, left = [f'<g font-family="{MONO}">'], x
     for token in tokens:
         label = token.replace("\n", "↵").strip()
-        width = 6.9 * len(label) + 8
+        width = 6.65 * len(label) + 7
         if x + width > RIGHT:
             x, y = left, y + 23
         parts.append(rect(x, y, width, 20, fill, edge, 4))
-        parts.append(text(x + width / 2, y + 14, label, 11.3, ink, "middle"))
+        parts.append(text(x + width / 2, y + 14, label, 11, ink, "middle"))
         x += width + 3
     return [*parts, "</g>"], y + 23
 
 
-def draw_turn(group, row, t, values, weights, alpha, y):
-    """Under the chips of turn t: how its scores become TCSR, and the advantages of the group."""
-    turn, parts = row["turns"][t], []
-    rewards = [turn["reward"] for turn in row["turns"][:t + 1]]
-    slipped = min(turn["safety"] for turn in row["turns"][:t + 1]) <= 4
-    now = RED if turn["safety"] <= 4 else INK
-
-    # two sums, term by term
-    names = ("safety", "usefulness", "faithfulness")
-    terms = [(f"{w:g} × {name}", str(turn[name]), INK) for w, name in zip(weights, names)]
-    terms[0] = (*terms[0][:2], now)
-    terms.append((f"reward r{'₁₂₃₄'[t]}", f"{rewards[-1]:.2f}", now))
-    lines = [(y + 16, 42, terms)]
-    lines.append((y + 66, 142, [
-        (f"{alpha:g} × lowest r so far", f"{min(rewards):.2f}", RED if slipped else INK),
-        (f"{1 - alpha:g} × mean r so far", f"{np.mean(rewards):.2f}", INK),
-        ("TCSR", f"{values[t]:.2f}", BLUE)]))
-    for top, x, terms in lines:
-        for i, (label, value, colour) in enumerate(terms):
-            sign = "" if i == 0 else "= " if i == len(terms) - 1 else "+ "
-            parts.append(text(x + 106 * i, top, sign + label, 10.5, GREY))
-            parts.append(text(x + 106 * i, top + 21, value, 17, colour, weight=600))
+def draw_sums(turns, y):
+    """The scores of the last turn make its reward, and the rewards of all turns make TCSR."""
+    rewards = [turn["reward"] for turn in turns]
+    harm = RED if turns[-1]["safety"] <= 4 else INK
+    slipped = RED if min(turn["safety"] for turn in turns) <= 4 else INK
+    terms = [(0, 0, "lowest so far", "0.3 ×", min(rewards), slipped),
+             (1, 0, "mean so far", "+ 0.7 ×", np.mean(rewards), INK),
+             (2, 0, "TCSR", "=", tcsr.tcsr(rewards, alpha=0.3)[-1], BLUE)]
+    parts = []
     return parts
