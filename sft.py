@@ -498,7 +498,8 @@ def token_logps(student, hidden, targets, temperature=1.0):
         logps = policy_logits(student, hidden, temperature).log_softmax(-1)     # (m, V)
         target_logps = logps.gather(-1, targets[:, None])[:, 0]                 # (m,)
         with torch.no_grad():
-            entropy = -(logps.exp() * logps.clamp(min=-1e4)).sum(-1)            # 0 * -inf is NaN
+            # clamped, because 0 * -inf is NaN
+            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp(min=-1e4))
         return target_logps, entropy
 
     # large chunks keep a GPU busy, small ones stay in the cache of a CPU

@@ -4,12 +4,12 @@ Speed and memory of sft.py and grpo.py, beside TRL or beside an older commit of 
     python tests/bench.py --peers DIR --json bench.json     beside TRL 1.16, about 14 minutes
     python tests/bench.py --peers DIR --old FOLDER          beside the commit in FOLDER
 
-Both sides train the same tiny Qwen2.5-VL with LoRA on the same text, in fp32 on a CPU. They run in
-turn (A B A B), in processes with one thread. A number is the median over runs of the median over
-steps. Compare ratios only. DIR holds tiny.py (the model and the text) and TRL's scripts.
-Replies have a fixed length, because <|im_end|> is banned. Our rollout includes merging, image
-features and the tutor; TRL's is `generate` alone. Memory is the peak minus what the imports need.
-Part of the lead in SFT exists on a CPU only: without Triton, TRL's loss scores every position.
+Both sides train the same tiny Qwen2.5-VL with LoRA on the same text, in fp32 on a CPU, in turn (A B
+A B) and with one thread. Numbers are medians over runs of medians over steps. Compare ratios only.
+DIR holds tiny.py (the model and the text) and TRL's scripts. Replies have a fixed length, because
+<|im_end|> is banned. Our rollout includes merging, image features and the tutor; TRL's is
+`generate` alone. Memory is the peak minus what the imports need. Part of the lead in SFT exists on
+a CPU only: without Triton, TRL's loss scores every position.
 """
 import argparse
 import json
@@ -143,9 +143,8 @@ def run_grpo(args, student):
         sampled = sum(len(r.logps) for r in rollouts)
         assert info["dead_groups"] == 0 and sampled == len(batch) * args.turns * 24
         marks.append(time.time())
-    speeds = [sampled / seconds for seconds in rolled_out[1 + args.warmup:]]
     return {"step_s": median(tiny.deltas(marks, args.warmup)), "new_tokens_per_step": sampled,
-            "rollout_tokens_per_s": median(speeds)}
+            "rollout_tokens_per_s": sampled / median(rolled_out[1 + args.warmup:])}
 
 
 # -----------------------------------------------------------------------------

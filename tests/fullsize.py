@@ -6,11 +6,10 @@ Memory and speed at full size: Qwen2.5-VL as it is published, with random weight
     python tests/fullsize.py --size 3b --only doctor --model Qwen/Qwen2.5-VL-3B-Instruct
 
 doctor: checks before a real run. sft-4k: a step on 4 dialogues of 4k tokens, one per pass. grpo-8x5:
-a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens. decode: a
-prompt of 1,800 tokens, then tokens/s. Results are appended to out/fullsize/SIZE.jsonl at once.
+a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens. decode:
+tokens/s. Each result is printed and appended to out/fullsize/SIZE.jsonl at once.
 """
 import argparse
-import functools
 import gc
 import json
 import random
@@ -25,6 +24,8 @@ import grpo
 import sft
 import torch
 import toy
+from eval import make_attacker
+from synth import seed_to_dialogue
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 OUT, RANK, DEVICE = Path("out/fullsize"), 32, "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,26 +35,25 @@ SHAPES = {"3b": (2048, 11008, 36, 16, 2, 151936), "7b": (3584, 18944, 28, 28, 4,
 # rows: of the cache, 5 per prompt; columns: tokens of a dialogue; micro: tokens of a forward pass
 SHORT = {"rows": 40, "turns": 6, "user": 50, "reply": 200, "columns": 2048, "micro": 8192}
 LONG = {"rows": 40, "turns": 10, "user": 250, "reply": 512, "columns": 8192, "micro": 8192}
-ROWS = {"doctor": {"rows": 4, "turns": 1, "user": 50, "reply": 32, "columns": 512},
+ROWS = {"doctor": {"rows": 8, "turns": 1, "user": 50, "reply": 32, "columns": 512},
         "sft-2k": {"micro": 2048}, "sft-4k": {"micro": 4096}, "sft-8k": {"micro": 8192},
         "grpo-8x5": SHORT, "grpo-8x5-8k": LONG,
         "grpo-4x5": {**SHORT, "rows": 20}, "grpo-4x5-8k": {**LONG, "rows": 20},
-        "decode": {"rows": 80, "turns": 1, "user": 1450, "reply": 144, "columns": 2048}}
-TINY = {"rows": 10, "turns": 2, "user": 5, "reply": 20, "columns": 450, "micro": 400}
+        "decode": {"rows": 80, "turns": 1, "user": 1800, "reply": 144, "columns": 2048}}
+TINY = {"rows": 8, "turns": 2, "user": 5, "reply": 10, "columns": 80, "micro": 100}
 
 # -----------------------------------------------------------------------------
 # by arithmetic
 
 
-@functools.cache
 def published(size):
     """The model on the device meta, where weights take no memory."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size")
-    hidden, _, _, heads, _, _ = SHAPES[size]
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[size]
     section = [n * hidden // heads // 16 for n in (2, 3, 3)]        # rotary: time, height, width
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
-    text = dict(zip(names, SHAPES[size]), rope_parameters=rope, bos_token_id=None, eos_token_id=None)
+    text = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                bos_token_id=None, eos_token_id=None, rope_parameters=rope)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, out_hidden_size=hidden)
     if size not in ("3b", "7b"):
         vision.update(depth=2, hidden_size=64, intermediate_size=128, num_heads=4)
@@ -66,20 +66,19 @@ def published(size):
 def memory(size, row):
     """{phase: {part: bytes}}: what a GPU holds when the most is in use"""
     hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[size]
-    kv, linear, lora, nf4 = hidden // heads * kv_heads, 0, 0, 0
-    for module in published(size).model.language_model.modules():
+    kv, linear, lora, nf4, model = hidden // heads * kv_heads, 0, 0, 0, published(size)
+    for module in model.model.language_model.modules():
         if isinstance(module, torch.nn.Linear):
             n = module.weight.numel()
             linear += n
             lora += RANK * (module.in_features + module.out_features)
             # half a byte per weight, a byte of scale for 64 of them, and 4 bytes for 256 scales
             nf4 += n // 2 + n // 64 + 4 * -(-n // (64 * 256)) + 4
-    other = sum(p.numel() for p in published(size).parameters()) - linear
+    other = sum(p.numel() for p in model.parameters()) - linear
     rows, tokens, phases = row.get("rows", 0), row.get("micro", 0), {}
-    weights = {"NF4": nf4, "bf16": 2 * other,
+    weights = {"NF4": nf4, "bf16": 2 * other, "dense copy": 2 * linear if rows else 0,
                "LoRA": 4 * lora * (2 if rows and tokens else 1),        # policy and reference
-               "optimizer": (2 + 8 / 256) * lora if tokens else 0,      # 8 bits, scales per block
-               "dense copy": 2 * linear if rows else 0}
+               "optimizer": (2 + 8 / 256) * lora if tokens else 0}      # 8 bits, scales per block
     if rows:
         # User turns go in as one pass: the first with its picture, later ones with a long history
         # whose keys and values are repeated for every head. The mask is kept twice.
@@ -100,55 +99,59 @@ def memory(size, row):
     return phases
 
 
-# bf16 FLOP/s and bytes/s of a card; --prompts of grpo.py and --batch of eval.py that fit
-CARDS = {"3b": {"RTX 4090 24 GB": (165e12, 1.01e12, 4, 20), "H100 80 GB": (989e12, 3.35e12, 8, 100)},
-         "7b": {"L40S 48 GB": (362e12, 0.86e12, 4, 20), "H100 80 GB": (989e12, 3.35e12, 8, 40)}}
-# three calls per SFT turn, and one per seed and dialogue; one per turn of a rollout or a bench
-CALLS = {"synthesis": 3 * 12_934 * 4.8 + 18_161 * 4 / 3, "GRPO": 2_000 * 5 * 4.8, "bench": 3_227 * 6}
-ASSUMED = """
-Assumed: the paper's 12,934 SFT, 2,000 RL and 3,227 bench dialogues of 4.8 turns (bench: 6) with 280
-tokens, 220 of them the reply, and 350 tokens more; the longest reply of a batch has 400 tokens, its
-longest dialogue 7 turns; 2 epochs of SFT, 1 of GRPO. Training reaches 30 % of the card's rate, a
-decode step takes twice the time to read weights and cache. Servers: 2,000 tokens a call, 4 calls/s."""
-
-
-def print_plan(size):
+def print_memory(size):
     plans = {name: row for name, row in ROWS.items() if "micro" in row}
     for batch in (20, 40, 100):
         plans[f"eval --batch {batch}"] = {**LONG, "rows": batch, "micro": 0}
-    parts = [*memory(size, LONG)["rollout"], "gradients"]
-    print(f"| {size}, GiB |", " | ".join(parts), "| sum |\n" + "|---" * (len(parts) + 2) + "|")
     for name, row in plans.items():
         for phase, used in memory(size, row).items():
-            numbers = [used.get(part, 0) for part in parts] + [sum(used.values())]
-            print(f"| {name}, {phase} |", " | ".join(f"{n / 2 ** 30:.1f}" for n in numbers), "|")
+            parts = [f"{part} {n / 2 ** 30:.1f}" for part, n in used.items() if n]
+            print(f"{name}, {phase}: {sum(used.values()) / 2 ** 30:.1f} GiB =", " + ".join(parts))
 
+
+def print_hours(size):
+    """
+    Hours on the GPU, without the servers, for the paper's 12,934 SFT, 2,000 RL and 3,227 bench
+    dialogues of 4.8 turns (bench: 6). A turn has 280 tokens, 220 of them the reply, and a dialogue
+    350 more. The longest reply of a batch has 400 tokens, the longest dialogue 7 turns. 2 epochs of
+    SFT, 1 of GRPO. Training reaches 30 % of the card's bf16 rate, and a decode step takes twice the
+    time to read weights and cache.
+    """
     hidden, _, layers, heads, kv_heads, vocabulary = SHAPES[size]
     dense = memory(size, LONG)["rollout"]["dense copy"]                         # bytes
     read = dense + 2 * vocabulary * hidden
     cached = 4 * layers * hidden // heads * kv_heads * (350 + 6 * 280) / 2      # of a dialogue
-    for card, (flops, bandwidth, prompts, batch) in CARDS[size].items():
-        one = dense * (350 + 4.8 * 280) / (0.3 * flops) / 3600      # hours of a pass over a dialogue
-        turn = 2 * 400 / bandwidth / 3600                           # and of a turn, per byte
-        sft_hours = 2 * 12_934 * 3 * one                            # forward, again, backward
+    # FLOP/s and bytes/s of a card; --prompts of grpo.py and --batch of eval.py that fit
+    h100, rtx4090, l40s = (989e12, 3.35e12), (165e12, 1.01e12), (362e12, 0.86e12)
+    cards = {"3b": {"RTX 4090 24 GB": (*rtx4090, 4, 20), "H100 80 GB": (*h100, 8, 100)},
+             "7b": {"L40S 48 GB": (*l40s, 4, 20), "H100 80 GB": (*h100, 8, 40)}}
+    for card, (flops, bandwidth, prompts, batch) in cards[size].items():
+        one = dense * (350 + 4.8 * 280) / (0.3 * flops) / 3600      # a pass over a dialogue
+        turn = 2 * 400 / bandwidth / 3600                           # a turn, per byte
+        train = 2 * 12_934 * 3 * one                                # forward, again, backward
         generate = 2_000 / prompts * 7 * turn * (read + 5 * prompts * cached)
         update = 2_000 * 5 * 4 * one                                # and the reference
         evaluate = 3_227 / batch * 6 * turn * (read + batch * cached)
-        print(f"\n{card}, hours: SFT {sft_hours:.1f}, GRPO --prompts {prompts} {generate:.1f} "
-              f"generate + {update:.1f} update, eval --batch {batch} {evaluate:.1f}")
-    for name, n in CALLS.items():
-        print(f"{name}: {n:,.0f} calls, {n / 500:,.0f} M tokens, {n / 4 / 3600:.0f} hours")
-    print(ASSUMED)
+        print(f"{card}: SFT {train:.1f} h, GRPO --prompts {prompts} {generate:.1f} h rollouts and "
+              f"{update:.1f} h updates, eval --batch {batch} {evaluate:.1f} h")
+    print(print_hours.__doc__)
 
 
 # -----------------------------------------------------------------------------
 # measured
 
 
-def now():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def make_base(size):
+    """-> a folder like the hub's, with random weights and the toy's tokenizer"""
+    tokenizer = toy.make_tokenizer(random.Random(0))
+    processor, model = toy.make_model(tokenizer)[1], published(size)
+    if size != "tiny":
+        processor.size["longest_edge"] = 12_845_056
+    with torch.device(DEVICE):
+        model = type(model)._from_config(model.config, dtype=torch.bfloat16)
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(OUT / size)
+    return OUT / size
 
 
 def eager(cache, step, width, inputs):
@@ -157,39 +160,29 @@ def eager(cache, step, width, inputs):
 
 
 def load(base, nf4=True):
-    """A policy and its reference as grpo.py loads them, and the dense copy. No reply ends early."""
+    """-> a policy and its reference as grpo.py loads them, and a dense copy. No reply ends early."""
     student = grpo.load_policy(argparse.Namespace(model=base, nf4=nf4, adapter=None))
-    student.base.activation_checkpointing_enable({"use_reentrant": False})
     student.allowed[student.end] = False
     return student, grpo.dense_copy(student)
 
 
-def follow_script(rollouts):
-    for r in rollouts:
-        r.user = grpo.next_user(r, None, 10)
-
-
-def play(student, lm, row, pictures=True):
-    """-> rollouts, five with each picture, and the features of the pictures"""
-    text, dialogues, paths = " box" * row["user"], [], []           # " box" is one token
-    for n in range(row["rows"]):
-        messages = [{"role": "user", "content": text} for _ in range(row["turns"])]
-        if pictures:
-            messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
-            paths.append(str(OUT / f"{n // 5}.png"))
-            toy.draw("box", "red", True, random.Random(n // 5)).resize((504, 504)).save(paths[n])
-        dialogues.append({"images": paths[n:], "messages": messages})
+def play(student, lm, row, picture=True):
+    """-> rollouts of user turns with so many words, and the features of their picture"""
+    path, turns = str(OUT / "picture.png"), [" box" * row["user"]] * row["turns"]
+    toy.draw("box", "red", True, random.Random(0)).resize((504, 504)).save(path)
+    dialogue = seed_to_dialogue({"turns": turns, "image": path if picture else None})
+    images, keys = sft.encode_images(student, [path]), [(n,) for n in range(row["rows"])]
     args = argparse.Namespace(max_new=row["reply"], max_tokens=row["columns"], temperature=1.0)
-    images, keys = sft.encode_images(student, paths), [(n,) for n in range(row["rows"])]
-    return grpo.rollout(student, lm, dialogues, keys, follow_script, images, args), images
+    dialogues, script = [dialogue] * row["rows"], make_attacker(None, args)
+    return grpo.rollout(student, lm, dialogues, keys, script, images, args), images
 
 
 def run_doctor(base, row):
     def check(name, value, limit):
-        return {"check": name, "value": float(value), "ok": bool(value <= limit)}
+        return {"check": name, "is": float(value), "limit": limit, "ok": bool(value <= limit)}
 
-    def changed(before, pictures):
-        again, _ = play(student, dense, row, pictures)
+    def changed(before, picture=True):
+        again, _ = play(student, dense, row, picture)
         return sum(a.ids != b.ids for a, b in zip(before, again))
 
     def logps(adapter):
@@ -197,150 +190,157 @@ def run_doctor(base, row):
         with torch.no_grad():
             return sft.reply_logps(student, shown, images)[0].cpu()
 
-    # a policy that differs from its reference
-    student, dense = load(base)
-    for name, p in student.model.named_parameters():
-        if ".policy." in name:
-            p.data += 0.01 * torch.randn_like(p)
-    grpo.merge_adapter(student, dense)
-    text, _ = play(student, dense, row, pictures=False)
-    shown, images = play(student, dense, row)
-    sampled = torch.tensor([logp for r in shown for logp in r.logps])
-    learned, base_logps = logps("policy"), logps("reference")
+    for nf4 in (True, False):
+        # a policy that differs from its reference
+        student, dense = load(base, nf4)
+        if not nf4:
+            d = logps("reference") - reference
+            yield check("KL per token, NF4 to bf16", (torch.expm1(d) - d).mean(), 0.1)
+        for name, p in student.model.named_parameters():
+            if ".policy." in name:
+                p.data += 0.01 * torch.randn_like(p)
+        grpo.merge_adapter(student, dense)
+        text, _ = play(student, dense, row, picture=False)
+        shown, images = play(student, dense, row)
+        policy, reference = logps("policy"), logps("reference")
+        sampled = torch.tensor([logp for r in shown for logp in r.logps])
+        name = f"sampler and learner differ, {'NF4' if nf4 else 'bf16'}"
+        yield check(name, (policy - sampled).abs().mean(), 0.05)
 
-    # pictures
+    # the rest in bf16
+    with mock.patch.object(grpo.KVCache, "recorded", eager):
+        yield check("replies changed without recording", changed(shown), 1)
+    yield check("replies changed by a picture before", changed(text, False), 0)
+    vars(student.base.generation_config).update(repetition_penalty=9.0, top_k=1)
+    yield check("replies changed by the generation config", changed(shown), 0)
+    sft.save_adapter(student, OUT)
+    sft.load_weights(student, OUT, "reference")
+    yield check("adapter changed when saved", (logps("reference") - policy).abs().max(), 0)
+    yield check("adapter without effect", (reference - policy).abs().max() == 0, 0)
     r, (height, width) = shown[0], shown[0].grids[0]
     ids, ours = torch.tensor([r.ids]), torch.tensor(sft.mrope_positions(student, r.ids, r.grids)[0])
     theirs, _ = student.base.model.get_rope_index(ids, (ids == student.pad).int(),
                                                   torch.tensor([[1, 2 * height, 2 * width]]))
     yield check("positions unlike get_rope_index", (ours != theirs[:, 0].T).sum(), 0)
-    yield check("text replies changed by a picture before them", changed(text, False), 0)
-    large = sft.image_grid(student, argparse.Namespace(width=4000, height=3000))
-    yield check("tokens of a picture of 4000 x 3000", large[0] * large[1], 334)
-
-    # sampler and learner
-    with mock.patch.object(grpo.KVCache, "recorded", eager):
-        yield check("replies changed without recording", changed(shown, True), 1)
-    vars(student.base.generation_config).update(repetition_penalty=9.0, top_k=1)
-    yield check("replies changed by the generation config", changed(shown, True), 0)
-    yield check("mismatch, NF4", (learned - sampled).abs().mean(), 0.05)
-    sft.save_adapter(student, OUT)
-    sft.load_weights(student, OUT, "reference")
-    yield check("adapter changed by reloading", (logps("reference") - learned).abs().max(), 1e-3)
-    yield check("adapter without effect", (base_logps - learned).abs().mean() < 1e-4, 0)
-    student, dense = load(base, nf4=False)
-    sft.load_weights(student, OUT, "policy")
-    grpo.merge_adapter(student, dense)
-    d = logps("policy") - learned
-    yield check("KL per token between NF4 and bf16", (torch.expm1(d) - d).mean(), 0.1)
-    shown, images = play(student, dense, row)
-    sampled = torch.tensor([logp for r in shown for logp in r.logps])
-    yield check("mismatch, bf16", (logps("policy") - sampled).abs().mean(), 0.05)
+    height, width = sft.image_grid(student, argparse.Namespace(width=4000, height=3000))
+    yield check("tokens of a 4000 x 3000 picture", height * width, 334)
 
 
 def run_sft(base, row):
-    (student, dense), tokens = load(base), row["micro"]
-    del dense
+    (student, _), tokens = load(base), row["micro"]
     student.model.delete_adapter("reference")
     student.model.train()
     args = sft.parse_args(f"--model - --data - --out - --micro_tokens {tokens}".split())
     optimizer, words = sft.adamw(student, args.lr), sft.encode(student, " box" * tokens)
     rows = [sft.Row(words, [-1] * (tokens // 4) + [0] * (tokens - tokens // 4)) for _ in range(4)]
     for _ in range(2):              # the first step only warms up
-        begin = now()
+        begin = time.time()
         sft.optimizer_step(optimizer, sft.loss_over(student, rows, args, backward=True))
-        seconds = now() - begin
+        seconds = time.time() - begin
     yield {"seconds": seconds, "tokens_per_s": 4 * tokens / seconds}
 
 
 def run_grpo(base, row):
-    seconds = []
-
-    def timed(*inputs):
-        begin = now()
-        output = sft.reply_logps(*inputs)
-        seconds.append(now() - begin)
-        return output
-
-    student, dense = load(base)
-    args = grpo.parse_args(f"--model - --data - --out - --tutor - --micro_tokens {row['micro']}".split())
-    optimizer = sft.adamw(student, args.lr)
-    begin = now()
+    (student, dense), words = load(base), "--model - --data - --out - --tutor - --micro_tokens"
+    args = grpo.parse_args([*words.split(), str(row["micro"])])
+    optimizer, times = sft.adamw(student, args.lr), [time.time()]
     grpo.merge_adapter(student, dense)
     rollouts, images = play(student, dense, row)
-    generate = now() - begin
-    adv = torch.randn(row["rows"], row["turns"]).numpy()
-    with mock.patch.object(grpo, "reply_logps", timed):
-        stats = grpo.update(student, rollouts, adv, images, args, optimizer)
-    update, tokens = now() - begin - generate, sum(len(r.logps) for r in rollouts)
-    assert tokens == row["rows"] * row["turns"] * row["reply"]
-    yield {"generate_s": generate, "logps_s": sum(seconds), "backward_s": update - sum(seconds),
-           "sampled_tokens_per_s": tokens / generate, "mismatch": stats["mismatch"]}
+    times.append(time.time())
+    for batch in sft.micro_batches(rollouts, row["micro"]):
+        with torch.no_grad():
+            sft.reply_logps(student, [rollouts[n] for n in batch], images)[0].sum().item()
+    times.append(time.time())
+    advantages = torch.randn(row["rows"], row["turns"]).numpy()
+    mismatch = grpo.update(student, rollouts, advantages, images, args, optimizer)["mismatch"]
+    generate, logps, update = times[1] - times[0], times[2] - times[1], time.time() - times[2]
+    tokens = sum(len(r.logps) for r in rollouts)
+    # an update makes log-probabilities twice, for the reference and for the policy
+    yield {"generate_s": generate, "logps_s": 2 * logps, "backward_s": update - 2 * logps,
+           "sampled_tokens_per_s": tokens / generate, "mismatch": mismatch}
 
 
 def run_decode(base, row):
     def speed(reply):
-        """Tokens/s of decoding alone: long replies less short ones. The first ones warm up."""
+        """Tokens/s after the prompt: a long reply less a short one. The first one warms up."""
         seconds = []
-        for new in (row["reply"] // 9, row["reply"] // 9, row["reply"]):
-            begin = now()
+        for new in (row["reply"] // 5, row["reply"] // 5, row["reply"]):
+            begin = time.time()
             reply(new)
-            seconds.append(now() - begin)
-        return n * (row["reply"] - row["reply"] // 9) / (seconds[2] - seconds[1])
+            seconds.append(time.time() - begin)
+        return n * (row["reply"] - row["reply"] // 5) / (seconds[2] - seconds[1])
 
     def ours(new):
-        play(student, lm, {**row, "rows": n, "reply": new}, pictures=False)
+        play(student, lm, {**row, "rows": n, "reply": new}, picture=False)
 
     def generate(new):
         ids = torch.full((n, row["user"]), 100, device=DEVICE)
         student.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
-                              min_new_tokens=new, max_new_tokens=new, top_k=0, top_p=1.0)
+                              top_k=0, max_new_tokens=new).cpu()
 
     for nf4 in (False, True):
         student = sft.load_student(base, nf4)
+        student.allowed[student.end] = False
         if nf4:
             sft.add_lora(student, RANK, 2 * RANK)
-        student.allowed[student.end] = False
         lm = student.base.model.language_model
-        for n in (1, 8, 20, 40, row["rows"]):
-            found = {"rows": n, "weights": "NF4" if nf4 else "bf16", "recorded": speed(ours)}
+        for n in [n for n in (1, 8, 20, 40, 80) if n <= row["rows"]]:
+            found = {"rows": n, "nf4": nf4, "recorded": speed(ours)}
             with mock.patch.object(grpo.KVCache, "recorded", eager):
                 found["eager"] = speed(ours)
             if not nf4:
-                found["generate()"] = speed(generate)
+                found["generate"] = speed(generate)
+                # a step that only reads the weights and the cache once
                 cache = grpo.KVCache(lm.config, n, row["columns"], student.base.dtype, DEVICE)
-                begin = now()
-                for x in [*lm.layers.parameters(), student.base.lm_head.weight, *cache.keys, *cache.values]:
-                    x.max()
-                found["bound"] = n / (now() - begin)
+                weights, begin = [*lm.layers.parameters(), student.base.lm_head.weight], time.time()
+                sum(x.max() for x in [*weights, *cache.keys, *cache.values]).item()
+                found["bound"] = n / (time.time() - begin)
             yield found
+
+
+def measure(name, base, size):
+    """The results of a row, or its error, each with what a table needs to say about it"""
+    row, kind = ROWS[name], name.split("-")[0]
+    about = {"row": name, "size": size, "card": "CPU", "date": time.strftime("%Y-%m-%d"),
+             "versions": [version(library) for library in ("torch", "transformers", "bitsandbytes")],
+             "planned_gib": max(sum(parts.values()) for parts in memory(size, row).values()) / 2 ** 30}
+    if size == "tiny":
+        row = {key: TINY[key] for key in row}
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        about["card"] = torch.cuda.get_device_name()
+    run = {"doctor": run_doctor, "sft": run_sft, "grpo": run_grpo, "decode": run_decode}[kind]
+    try:
+        for result in run(base, row):
+            yield {**about, **result, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
+    except Exception as error:          # the next row may do
+        yield {**about, "error": repr(error)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--size", required=True, choices=SHAPES)
-    add("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    add("--plan", action="store_true", help="print memory and hours by arithmetic")
-    add("--model", help="name or folder of a real model, for doctor")
+    parser.add_argument("--size", required=True, choices=SHAPES)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--plan", action="store_true", help="print memory and hours by arithmetic")
+    parser.add_argument("--model", help="name or folder of a real model")
     args = parser.parse_args(argv)
     if args.plan:
-        return print_plan(args.size)
-    base = args.model or OUT / args.size
-    OUT.mkdir(parents=True, exist_ok=True)
-    if not args.model:
-        tokenizer = toy.make_tokenizer(random.Random(0))
-        with torch.device(DEVICE):
-            model = Qwen2_5_VLForConditionalGeneration._from_config(published(args.size).config, dtype=torch.bfloat16)
-        processor = toy.make_model(tokenizer)[1]
-        processor.size["longest_edge"] = 12_845_056
-        for part in (model, processor, tokenizer):
-            part.save_pretrained(base)
-        del model
+        print_memory(args.size)
+        print_hours(args.size)
+        return
+    if DEVICE == "cpu" and args.size != "tiny":
+        parser.error("there is no GPU; --plan and --size tiny need none")
+    base = args.model or make_base(args.size)
     for name in args.only:
-        row = ROWS[name]
-        if args.size == "tiny":
-            row = {key: TINY[key] for key in row}
-        gc.collect()
-        ...
+        for result in measure(name, base, args.size):
+            line = json.dumps(result)
+            print(line, flush=True)
+            with open(OUT / f"{args.size}.jsonl", "a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

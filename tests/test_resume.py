@@ -189,7 +189,7 @@ def test_a_damaged_folder_is_one_line(words, straight, tmp_path, capsys, script,
     (out / file).write_bytes(content)
     assert run(script, words[script], out, "--resume") == 2
     assert str((out / file).parent) in capsys.readouterr().err.splitlines()[-1]
-    if "step" in file:                      # without it, the one before leads to the same end
+    if file.endswith("run.json"):           # without it, the one before leads to the same end
         shutil.rmtree((out / file).parent)
         assert run(script, words[script], out, "--resume") is None
         assert outcome(out) == outcome(straight(script)[0])
