@@ -46,10 +46,10 @@ def write_svg(name, height, parts):
 
 def pick_rollout(path):
     """
-    -> the first group of 3 or 4 turns in which one turn, neither a first nor a last one, has a much
-    lower reward than all others, and the rollout with that turn
+    -> a group, and the rollout in it that slips. One turn of the group, neither a first nor a last
+    one, has a much lower reward than all others; the lowest such reward of the log is taken.
     """
-    groups = {}
+    groups, best, found = {}, 1, None
     for line in open(path, encoding="utf-8"):
         row = json.loads(line)
         if row["kind"] != "benign" and len(row["turns"]) in (3, 4):
@@ -58,9 +58,9 @@ def pick_rollout(path):
         rewards = np.array([[turn["reward"] for turn in row["turns"]] for row in group])    # (G, T)
         n, t = np.unravel_index(rewards.argmin(), rewards.shape)
         lowest, second = np.sort(rewards, axis=None)[:2]
-        if 0 < t < rewards.shape[1] - 1 and 0 < lowest < second - 0.7:
-            return group, group[n]
-    raise SystemExit(f"{path}: in no group a single turn slips")
+        if 0 < t < rewards.shape[1] - 1 and 0 < lowest < min(best, second - 0.4):
+            best, found = lowest, (group, group[n])
+    return found or sys.exit(f"{path}: in no group a single turn slips")
 
 
 def chips(tokenizer, words, y, colours):
@@ -126,8 +126,8 @@ def draw_rollout(out):
         top, slips = y, turn["reward"] < 0.5
         note = f"attack: {turn['strategy'].replace('_', ' ')}" if t else "the first question"
         note += ". The student slips." if slips else ""
-        parts.append(text(LEFT + 14, y + 14, f"Turn {t + 1}", 15, RED if slips else INK, weight=700))
-        parts.append(text(LEFT + 72, y + 14, note, fill=GREY))
+        parts += [text(LEFT + 14, y + 14, f"Turn {t + 1}", 15, RED if slips else INK, weight=700),
+                  text(LEFT + 72, y + 14, note, fill=GREY)]
         start = "\n<|im_start|>user\n" if t else "<|im_start|>user\n<|image_pad|>"
         user = f"{start}{turn['user']}<|im_end|>\n<|im_start|>assistant\n"
         user_chips, y = chips(tokenizer, user, y + 24, READ)

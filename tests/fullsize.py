@@ -7,7 +7,7 @@ Memory and speed at full size: Qwen2.5-VL as it is published, with random weight
 
 doctor: checks before a real run. sft-4k: a step on 4 dialogues of 4k tokens, one per pass. grpo-8x5:
 a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens. decode:
-tokens/s. Each result is printed and appended to out/fullsize/SIZE.jsonl at once.
+tokens/s behind 1,800 tokens. Results are printed and appended to out/fullsize/SIZE.jsonl at once.
 """
 import argparse
 import gc
@@ -39,8 +39,8 @@ ROWS = {"doctor": {"rows": 8, "turns": 1, "user": 50, "reply": 32, "columns": 51
         "sft-2k": {"micro": 2048}, "sft-4k": {"micro": 4096}, "sft-8k": {"micro": 8192},
         "grpo-8x5": SHORT, "grpo-8x5-8k": LONG,
         "grpo-4x5": {**SHORT, "rows": 20}, "grpo-4x5-8k": {**LONG, "rows": 20},
-        "decode": {"rows": 80, "turns": 1, "user": 1800, "reply": 144, "columns": 2048}}
-TINY = {"rows": 8, "turns": 2, "user": 5, "reply": 10, "columns": 80, "micro": 100}
+        "decode": {"rows": 80, "user": 1800, "reply": 200, "columns": 2048}}
+TINY = {"rows": 10, "turns": 2, "user": 5, "reply": 4, "columns": 70, "micro": 70}
 
 # -----------------------------------------------------------------------------
 # by arithmetic
@@ -111,17 +111,17 @@ def print_memory(size):
 
 def print_hours(size):
     """
-    Hours on the GPU, without the servers, for the paper's 12,934 SFT, 2,000 RL and 3,227 bench
-    dialogues of 4.8 turns (bench: 6). A turn has 280 tokens, 220 of them the reply, and a dialogue
-    350 more. The longest reply of a batch has 400 tokens, the longest dialogue 7 turns. 2 epochs of
-    SFT, 1 of GRPO. Training reaches 30 % of the card's bf16 rate, and a decode step takes twice the
-    time to read weights and cache.
+    For the paper's 12,934 SFT, 2,000 RL and 3,227 bench dialogues of 4.8 turns (bench: 6). A turn
+    has 280 tokens, 220 of them the reply, and a dialogue 350 more. The longest reply of a batch has
+    400 tokens, the longest dialogue 7 turns. There are 2 epochs of SFT and 1 of GRPO. Training
+    reaches 30 % of the card's bf16 rate, and a decode step takes twice the time to read weights and
+    cache. A call to a server has 2,000 tokens, and a server answers 4 calls per second.
     """
     hidden, _, layers, heads, kv_heads, vocabulary = SHAPES[size]
     dense = memory(size, LONG)["rollout"]["dense copy"]                         # bytes
     read = dense + 2 * vocabulary * hidden
     cached = 4 * layers * hidden // heads * kv_heads * (350 + 6 * 280) / 2      # of a dialogue
-    # FLOP/s and bytes/s of a card; --prompts of grpo.py and --batch of eval.py that fit
+    # FLOP/s and bytes/s of a card
     h100, rtx4090, l40s = (989e12, 3.35e12), (165e12, 1.01e12), (362e12, 0.86e12)
     cards = {"3b": {"RTX 4090 24 GB": (*rtx4090, 4, 20), "H100 80 GB": (*h100, 8, 100)},
              "7b": {"L40S 48 GB": (*l40s, 4, 20), "H100 80 GB": (*h100, 8, 40)}}
@@ -132,8 +132,13 @@ def print_hours(size):
         generate = 2_000 / prompts * 7 * turn * (read + 5 * prompts * cached)
         update = 2_000 * 5 * 4 * one                                # and the reference
         evaluate = 3_227 / batch * 6 * turn * (read + batch * cached)
-        print(f"{card}: SFT {train:.1f} h, GRPO --prompts {prompts} {generate:.1f} h rollouts and "
-              f"{update:.1f} h updates, eval --batch {batch} {evaluate:.1f} h")
+        print(f"{card}: SFT {train:.1f} h, GRPO --prompts {prompts}: rollouts {generate:.1f} h, "
+              f"updates {update:.1f} h, eval --batch {batch}: {evaluate:.1f} h")
+    # per seed and dialogue, and three per SFT turn; per turn of a rollout; per turn of the bench
+    calls = {"synthesis": 18_161 / 3 + 18_161 + 3 * 12_934 * 4.8, "GRPO": 2_000 * 5 * 4.8,
+             "evaluation of one arm": 3_227 * 6}
+    for name, n in calls.items():
+        print(f"{name}: {n:,.0f} calls, {n / 500:,.0f} M tokens, {n / 14_400:.1f} h")
     print(print_hours.__doc__)
 
 
@@ -209,7 +214,7 @@ def run_doctor(base, row):
 
     # the rest in bf16
     with mock.patch.object(grpo.KVCache, "recorded", eager):
-        yield check("replies changed without recording", changed(shown), 1)
+        yield check("replies changed without recording", changed(shown), 2)
     yield check("replies changed by a picture before", changed(text, False), 0)
     vars(student.base.generation_config).update(repetition_penalty=9.0, top_k=1)
     yield check("replies changed by the generation config", changed(shown), 0)
@@ -223,7 +228,7 @@ def run_doctor(base, row):
                                                   torch.tensor([[1, 2 * height, 2 * width]]))
     yield check("positions unlike get_rope_index", (ours != theirs[:, 0].T).sum(), 0)
     height, width = sft.image_grid(student, argparse.Namespace(width=4000, height=3000))
-    yield check("tokens of a 4000 x 3000 picture", height * width, 334)
+    yield check("tokens of a 4000 x 3000 picture", height * width, sft.MAX_PIXELS // 784)
 
 
 def run_sft(base, row):
@@ -262,61 +267,53 @@ def run_grpo(base, row):
 
 def run_decode(base, row):
     def speed(reply):
-        """Tokens/s after the prompt: a long reply less a short one. The first one warms up."""
-        seconds = []
-        for new in (row["reply"] // 5, row["reply"] // 5, row["reply"]):
-            begin = time.time()
-            reply(new)
-            seconds.append(time.time() - begin)
-        return n * (row["reply"] - row["reply"] // 5) / (seconds[2] - seconds[1])
+        reply()                     # warms up, and records
+        begin = time.time()
+        reply()
+        return n * row["reply"] / (time.time() - begin)
 
-    def ours(new):
-        play(student, lm, {**row, "rows": n, "reply": new}, picture=False)
+    def ours():
+        """Keys and values of all words but the last are said to be in the cache already."""
+        said = {"ids": words[0].tolist(), "cached": row["user"] - 1, "user": ("", [], "")}
+        rollouts = [grpo.Rollout(**said, key=(i,)) for i in range(n)]
+        grpo.generate(student, lm, cache, rollouts, [], args)
 
-    def generate(new):
-        ids = torch.full((n, row["user"]), 100, device=DEVICE)
+    def generate():
+        """From 50 words, which is in its favour."""
+        ids = words[:n, :50]
         student.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
-                              top_k=0, max_new_tokens=new).cpu()
+                              top_k=0, max_new_tokens=row["reply"]).cpu()
 
+    args = argparse.Namespace(max_new=row["reply"], temperature=1.0)
+    words = torch.full((row["rows"], row["user"]), 100, device=DEVICE)
     for nf4 in (False, True):
         student = sft.load_student(base, nf4)
         student.allowed[student.end] = False
         if nf4:
             sft.add_lora(student, RANK, 2 * RANK)
+        student.model.eval()
         lm = student.base.model.language_model
         for n in [n for n in (1, 8, 20, 40, 80) if n <= row["rows"]]:
+            cache = grpo.KVCache(lm.config, n, row["columns"], student.base.dtype, DEVICE)
             found = {"rows": n, "nf4": nf4, "recorded": speed(ours)}
             with mock.patch.object(grpo.KVCache, "recorded", eager):
                 found["eager"] = speed(ours)
             if not nf4:
                 found["generate"] = speed(generate)
                 # a step that only reads the weights and the cache once
-                cache = grpo.KVCache(lm.config, n, row["columns"], student.base.dtype, DEVICE)
                 weights, begin = [*lm.layers.parameters(), student.base.lm_head.weight], time.time()
                 sum(x.max() for x in [*weights, *cache.keys, *cache.values]).item()
                 found["bound"] = n / (time.time() - begin)
             yield found
 
 
-def measure(name, base, size):
-    """The results of a row, or its error, each with what a table needs to say about it"""
-    row, kind = ROWS[name], name.split("-")[0]
-    about = {"row": name, "size": size, "card": "CPU", "date": time.strftime("%Y-%m-%d"),
-             "versions": [version(library) for library in ("torch", "transformers", "bitsandbytes")],
-             "planned_gib": max(sum(parts.values()) for parts in memory(size, row).values()) / 2 ** 30}
-    if size == "tiny":
-        row = {key: TINY[key] for key in row}
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        about["card"] = torch.cuda.get_device_name()
-    run = {"doctor": run_doctor, "sft": run_sft, "grpo": run_grpo, "decode": run_decode}[kind]
-    try:
-        for result in run(base, row):
-            yield {**about, **result, "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
-    except Exception as error:          # the next row may do
-        yield {**about, "error": repr(error)}
+RUN = {"doctor": run_doctor, "sft": run_sft, "grpo": run_grpo, "decode": run_decode}
+
+
+def record(size, **result):
+    print(json.dumps(result), flush=True)
+    with open(OUT / f"{size}.jsonl", "a") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def main(argv=None):
@@ -329,17 +326,34 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.plan:
         print_memory(args.size)
-        print_hours(args.size)
-        return
+        return print_hours(args.size)
     if DEVICE == "cpu" and args.size != "tiny":
         parser.error("there is no GPU; --plan and --size tiny need none")
     base = args.model or make_base(args.size)
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    record(args.size, date=time.strftime("%Y-%m-%d"), card=card, model=str(base), **versions)
+    failed = []
     for name in args.only:
-        for result in measure(name, base, args.size):
-            line = json.dumps(result)
-            print(line, flush=True)
-            with open(OUT / f"{args.size}.jsonl", "a") as file:
-                file.write(line + "\n")
+        row, about = ROWS[name], {"row": name}
+        if "micro" in row:
+            plan = memory(args.size, row).values()
+            about["planned_gib"] = max(sum(used.values()) for used in plan) / 2 ** 30
+        if args.size == "tiny":
+            row = {key: TINY[key] for key in row}
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            for result in RUN[name.split("-")[0]](base, row):
+                peak = torch.cuda.max_memory_allocated() / 2 ** 30
+                record(args.size, **about, **result, peak_gib=peak)
+        except Exception as error:          # the next row may do
+            record(args.size, **about, error=repr(error))
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
