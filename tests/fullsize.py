@@ -5,9 +5,9 @@ Memory and speed at full size: Qwen2.5-VL as it is published, with random weight
     python tests/fullsize.py --size 3b              measured on the GPU at hand
     python tests/fullsize.py --size 3b --only doctor --model Qwen/Qwen2.5-VL-3B-Instruct
 
-doctor: checks before a real run. sft-4k: a step on 4 dialogues of 4k tokens, one per pass. grpo-8x5:
-a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens. decode:
-tokens/s behind 1,800 tokens. Results are printed and appended to out/fullsize/SIZE.jsonl at once.
+doctor: checks before a real run. sft-4k: a step on 4 dialogues of 4k tokens, one per pass.
+grpo-8x5: a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens.
+decode: tokens/s behind 1,800 tokens. Each result is printed and appended to OUT/SIZE.jsonl at once.
 """
 import argparse
 import gc
@@ -48,12 +48,12 @@ TINY = {"rows": 10, "turns": 2, "user": 5, "reply": 4, "columns": 70, "micro": 7
 
 def published(size):
     """The model on the device meta, where weights take no memory."""
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[size]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size")
+    hidden, _, _, heads, _, _ = SHAPES[size]
     section = [n * hidden // heads // 16 for n in (2, 3, 3)]        # rotary: time, height, width
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
-    text = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
-                bos_token_id=None, eos_token_id=None, rope_parameters=rope)
+    text = dict(zip(names, SHAPES[size]), rope_parameters=rope, bos_token_id=None, eos_token_id=None)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, out_hidden_size=hidden)
     if size not in ("3b", "7b"):
         vision.update(depth=2, hidden_size=64, intermediate_size=128, num_heads=4)
@@ -165,7 +165,7 @@ def eager(cache, step, width, inputs):
 
 
 def load(base, nf4=True):
-    """-> a policy and its reference as grpo.py loads them, and a dense copy. No reply ends early."""
+    """-> a policy and its reference, as grpo.py loads them, and a dense copy. No reply ends."""
     student = grpo.load_policy(argparse.Namespace(model=base, nf4=nf4, adapter=None))
     student.allowed[student.end] = False
     return student, grpo.dense_copy(student)
@@ -208,7 +208,7 @@ def run_doctor(base, row):
         text, _ = play(student, dense, row, picture=False)
         shown, images = play(student, dense, row)
         policy, reference = logps("policy"), logps("reference")
-        sampled = torch.tensor([logp for r in shown for logp in r.logps])
+        sampled = torch.tensor(sum([r.logps for r in shown], []))
         name = f"sampler and learner differ, {'NF4' if nf4 else 'bf16'}"
         yield check(name, (policy - sampled).abs().mean(), 0.05)
 
@@ -223,9 +223,9 @@ def run_doctor(base, row):
     yield check("adapter changed when saved", (logps("reference") - policy).abs().max(), 0)
     yield check("adapter without effect", (reference - policy).abs().max() == 0, 0)
     r, (height, width) = shown[0], shown[0].grids[0]
-    ids, ours = torch.tensor([r.ids]), torch.tensor(sft.mrope_positions(student, r.ids, r.grids)[0])
-    theirs, _ = student.base.model.get_rope_index(ids, (ids == student.pad).int(),
-                                                  torch.tensor([[1, 2 * height, 2 * width]]))
+    ids, grid = torch.tensor([r.ids]), torch.tensor([[1, 2 * height, 2 * width]])
+    theirs, _ = student.base.model.get_rope_index(ids, (ids == student.pad).int(), grid)
+    ours = torch.tensor(sft.mrope_positions(student, r.ids, r.grids)[0])
     yield check("positions unlike get_rope_index", (ours != theirs[:, 0].T).sum(), 0)
     height, width = sft.image_grid(student, argparse.Namespace(width=4000, height=3000))
     yield check("tokens of a 4000 x 3000 picture", height * width, sft.MAX_PIXELS // 784)
