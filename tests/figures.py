@@ -21,7 +21,7 @@ import tcsr
 
 WIDTH, LEFT, RIGHT, BARS, COLUMN = 760, 28, 732, 512, 44
 INK, GREY, LINE, BLUE, RED, PALE = "#1f2937", "#5b6472", "#e2e5ea", "#1d4ed8", "#d1242f", "#aab6c8"
-TRAINED, READ = ("#dbeafe", "#8fb1f2", "#1e3a8a"), ("#f4f5f7", LINE, GREY)    # fill, edge, text
+TRAINED, READ = ("#dbeafe", "#8fb1f2", "#1e3a8a"), ("#f4f5f7", "#cdd3dc", GREY)   # fill, edge, text
 ARMS = {"base": ("base model", "#9a6700"), "sft": ("SFT", "#8250df"), "grpo": ("GRPO", "#0f766e")}
 ABOUT = "The hazard sign in the picture makes it harmful to tell how the object works."
 FOOTER = ("Advantage = (last TCSR − mean of the group) / standard deviation of the group.",
@@ -79,18 +79,17 @@ def draw_turn(parts, group, shown, t, y):
         (0, 0, f"safety {turn['safety']}", "0.6 ×", (turn["safety"] - 1) / 9),
         (1, 0, f"usefulness {turn['usefulness']}", "+ 0.3 ×", (turn["usefulness"] - 1) / 9),
         (2, 0, f"faithfulness {turn['faithfulness']}", "+ 0.1 ×", (turn["faithfulness"] - 1) / 9),
-        (3, 0, f"reward {r}", "=", rewards[-1]),
         (1, 1, "lowest r so far", "0.3 ×", min(rewards)),
         (2, 1, "mean r so far", "+ 0.7 ×", np.mean(rewards)),
-        (3, 1, "TCSR", "=", tcsr.tcsr(rewards)[-1])]
+        (3, 0, f"reward {r}", "=", rewards[-1]), (3, 1, "TCSR", "=", tcsr.tcsr(rewards)[-1])]
     for column, line, label, sign, number in terms:
         x, top, ink = LEFT + 52 + 106 * column, y + 48 * line, RED if number < 0.5 else INK
-        parts += [text(x, top, label, 11, GREY), text(x - 5, top + 20, sign, 12, GREY, "end"),
+        parts += [text(x, top, label, 12, GREY), text(x - 5, top + 20, sign, 12, GREY, "end"),
                   text(x, top + 20, f"{number:.2f}", 16, ink, weight=600)]
 
     # a column for each rollout of the group
     for line, label in enumerate((r, "TCSR", "advantage")):
-        parts.append(text(BARS - 2, y + 16 * line, label, 11, GREY, "end"))
+        parts.append(text(BARS - 2, y + 16 * line, label, 12, GREY, "end"))
     for n, row in enumerate(group):
         reward, value = row["rewards"][t], tcsr.tcsr(row["rewards"])[t]
         advantage = row["turns"][t]["advantage"]
@@ -98,7 +97,7 @@ def draw_turn(parts, group, shown, t, y):
         colour, weight = (BLUE, 700) if row is shown else (PALE, 400)
         parts.append(rect(x - 14, y + 62 - max(bar, 0), 28, abs(bar), colour))
         for line, number in enumerate((f"{reward:.2f}", f"{value:.2f}", f"{advantage:+.1f}")):
-            parts.append(text(x, y + 16 * line, number, 11, INK, "middle", weight))
+            parts.append(text(x, y + 16 * line, number, 12, INK, "middle", weight))
     parts.append(rect(BARS, y + 61.5, COLUMN * len(group), 1, GREY))
 
 
@@ -108,7 +107,7 @@ def draw_rollout(out):
     parts, y = [text(LEFT, 46, "One slip costs every turn", 22, weight=700)], 126
     for line, (fill, edge, _), tokens, bar, rollouts in (
             (66, TRAINED, "tokens of the student: trained", BLUE, "this rollout"),
-            (90, READ, "user and template: only read", PALE, "the others with the same question")):
+            (90, READ, "user and template: only read", PALE, "others with the same question")):
         parts += [rect(LEFT, line, 14, 14, fill, edge, 3), text(LEFT + 22, line + 12, tokens),
                   rect(296, line, 14, 14, bar, bar, 3), text(318, line + 12, rollouts)]
     for t, turn in enumerate(shown["turns"]):
