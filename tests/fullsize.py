@@ -7,9 +7,11 @@ Memory and speed at full size: Qwen2.5-VL as it is published, with random weight
 
 doctor: checks before a real run. sft-4k: a step on 4 dialogues of 4k tokens, one per pass.
 grpo-8x5: a step on 8 prompts x 5 rollouts of 6 turns with 200 tokens; -8k: 10 turns, 8k tokens.
-decode: tokens/s behind 1,800 tokens. Each result is printed and appended to OUT/SIZE.jsonl at once.
+decode: tokens/s behind 1,800 tokens. Each result is printed and appended to
+out/fullsize/SIZE.jsonl at once. --size tiny takes seconds on a CPU.
 """
 import argparse
+import functools
 import gc
 import json
 import random
@@ -40,12 +42,13 @@ ROWS = {"doctor": {"rows": 8, "turns": 1, "user": 50, "reply": 32, "columns": 51
         "grpo-8x5": SHORT, "grpo-8x5-8k": LONG,
         "grpo-4x5": {**SHORT, "rows": 20}, "grpo-4x5-8k": {**LONG, "rows": 20},
         "decode": {"rows": 80, "user": 1800, "reply": 200, "columns": 2048}}
-TINY = {"rows": 10, "turns": 2, "user": 5, "reply": 4, "columns": 70, "micro": 70}
+TINY = {"rows": 5, "turns": 2, "user": 5, "reply": 4, "columns": 70, "micro": 200}
 
 # -----------------------------------------------------------------------------
 # by arithmetic
 
 
+@functools.cache
 def published(size):
     """The model on the device meta, where weights take no memory."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -53,7 +56,8 @@ def published(size):
     hidden, _, _, heads, _, _ = SHAPES[size]
     section = [n * hidden // heads // 16 for n in (2, 3, 3)]        # rotary: time, height, width
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
-    text = dict(zip(names, SHAPES[size]), rope_parameters=rope, bos_token_id=None, eos_token_id=None)
+    text = dict(zip(names, SHAPES[size]), rope_parameters=rope)
+    text.update(bos_token_id=None, eos_token_id=None)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, out_hidden_size=hidden)
     if size not in ("3b", "7b"):
         vision.update(depth=2, hidden_size=64, intermediate_size=128, num_heads=4)
@@ -293,7 +297,9 @@ def run_decode(base, row):
             sft.add_lora(student, RANK, 2 * RANK)
         student.model.eval()
         lm = student.base.model.language_model
-        for n in [n for n in (1, 8, 20, 40, 80) if n <= row["rows"]]:
+        for n in (1, 8, 20, 40, 80):
+            if n > row["rows"]:
+                break
             cache = grpo.KVCache(lm.config, n, row["columns"], student.base.dtype, DEVICE)
             found = {"rows": n, "nf4": nf4, "recorded": speed(ours)}
             with mock.patch.object(grpo.KVCache, "recorded", eager):
@@ -322,7 +328,7 @@ def main(argv=None):
     parser.add_argument("--size", required=True, choices=SHAPES)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--plan", action="store_true", help="print memory and hours by arithmetic")
-    parser.add_argument("--model", help="name or folder of a real model")
+    parser.add_argument("--model", help="name or folder of a real model, for doctor")
     args = parser.parse_args(argv)
     if args.plan:
         print_memory(args.size)

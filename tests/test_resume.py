@@ -288,6 +288,8 @@ def test_a_policy_that_becomes_nan_ends_the_run(words, tmp_path, monkeypatch, sc
     said = run(script, words[script], tmp_path, "--save_every", "9")
     assert "finite" in said and "\n" not in said
     assert not (tmp_path / "adapter_model.safetensors").exists()
+    if script == "grpo":                    # before anything is learned from its rollouts
+        assert (tmp_path / "log.jsonl").read_text().count("\n") == steps
     for path in tmp_path.rglob("*.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values())
 
