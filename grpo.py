@@ -774,6 +774,7 @@ def main(argv=None):
         if stop:
             raise SystemExit("stopped by a signal; --resume goes on")
     save_adapter(student, args.out)
+    write_report(args.out)
     judge.print_use(tutor=ask)
     lock.close()
     print(f"adapter in {args.out}")
