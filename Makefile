@@ -34,6 +34,10 @@ toy: .venv/toy
 test: .venv/test
 	$(PY) -m pytest -q tests
 
+# every arm of the paper's ablations, five seeds: about an hour per seed; what is finished is kept
+ablation: .venv/toy
+	$(PY) tests/ablation.py run
+
 # torch first and by itself, so that nothing else brings another one
 .venv/toy: requirements.txt
 	python3 -m venv .venv
