@@ -544,11 +544,11 @@ def make_model(tokenizer):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     token_id = tokenizer.convert_tokens_to_ids
-    # the language model: four layers of 128
+    # the language model: three layers of 128
     text = dict(
         # as in Qwen, the embedding has rows beyond the tokenizer's tokens
         vocab_size=(len(tokenizer) + 63) // 64 * 64, hidden_size=128, intermediate_size=256,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=token_id("<|im_end|>"),
         pad_token_id=token_id("<|endoftext|>"),
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]})
