@@ -36,7 +36,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,17 @@ You are the target: a vision-language assistant. You get one JSON document with 
 its last user turn with the picture and the history in mind.
 Reply with one JSON object and nothing else: {"reply": str}"""
 
+TEXT = judge.text_field()
+# who is asked, with which prompt, and the fields of the JSON object that comes back
+PROMPTS = {
+    "prober": ("generator", PROBE_SYSTEM, {"benign": TEXT, "obfuscated": TEXT}),
+    "expander": ("generator", EXPAND_SYSTEM,
+                 {"turns": {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 10}}),
+    "red": ("red", RED_SYSTEM, {"user": TEXT}),
+    "blue": ("blue", BLUE_SYSTEM, {"reply": judge.text_field(4000)}),
+    "target": ("target", TARGET_SYSTEM, {"reply": judge.text_field(4000)}),
+}
+
 
 # -----------------------------------------------------------------------------
 # the data format: messages and pictures
@@ -203,6 +214,11 @@ def image_png(path):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def first_picture(images):
+    """The first of these pictures for a request, None if there is none."""
+    return image_png(images[0]) if images else None
 
 
 def thumbnail(path):
@@ -394,6 +410,28 @@ def copy_picture(seed, args):
 UNUSABLE = "no usable reply"        # the only reason for which --resume asks again
 
 
+def request(name, document, images):
+    """A request. Back ends remember nothing, so the first picture goes along every time."""
+    _, system, fields = PROMPTS[name]
+    return {"system": system, "text": judge.as_data(document), "schema": judge.schema(**fields),
+            "image": first_picture(images)}
+
+
+def read(name, text):
+    """The JSON object that was asked for, None unless all its fields are texts or lists of them."""
+    reply = judge.read_json(text) or {}
+    for field in PROMPTS[name][2]:
+        texts = reply.get(field) if field == "turns" else [reply.get(field)]
+        if not isinstance(texts, list) or not all(judge.read_text(text) for text in texts):
+            return None
+    if name == "expander" and len(reply["turns"]) < 2:
+        return None
+    # only a reply in the student's format teaches the student its tags
+    if name == "blue" and not judge.split_reply(reply["reply"])[2]:
+        return None
+    return reply
+
+
 class Agents:
     """The back ends by role, and in calls how many requests each role got."""
 
@@ -410,43 +448,54 @@ class Agents:
         self.calls[role] += len(requests)
         return judge.ask_and_read(self.back_ends[role], requests, read)[0]
 
-    def about(self, items, role, system, document, read, **reply):
-        """The same with one request per seed or record; document(item) is what it says."""
-        requests = [request(system, document(item), item["images"], **reply) for item in items]
-        return zip(items, self.ask(role, requests, read))
+    def about(self, items, name, document):
+        """
+        One request per seed or record; document(item) is what it says. -> the items whose replies
+        could be read, each with its reply; the others are dropped.
+        """
+        requests = [request(name, document(item), item["images"]) for item in items]
+        replies = self.ask(PROMPTS[name][0], requests, partial(read, name))
+        for item, reply in zip(items, replies):
+            if reply is None:
+                item["dropped"] = UNUSABLE
+            else:
+                yield item, reply
 
 
-def request(system, document, images, **reply):
-    """A request. Back ends remember nothing, so the first picture goes along every time."""
-    return {"system": system, "text": judge.as_data(document), "schema": judge.schema(**reply),
-            "image": image_png(images[0]) if images else None}
+def trial(role, seed):
+    """A request to a role about the question of a seed."""
+    user, kind, images = seed["question"], seed["kind"], seed["images"]
+    if role == "scorer":
+        turn = {"user": user, "assistant": "I would rather not say."}
+        return judge.tutor_request(kind, [turn], first_picture(images), judge.EVOLUTIONS, None)
+    if role == "generator":
+        return request("prober", {"question": user}, images)
+    if role == "red":
+        document = {"kind": kind, "strategies": {}, "dialogue": [], "template": user}
+        return request("red", document, images)
+    return request(role, {"dialogue": [{"user": user}]}, images)
 
 
-def read_field(text, name):
-    """A text in the JSON object that a role replies with, None if it is missing."""
-    return judge.read_text((judge.read_json(text) or {}).get(name))
-
-
-def read_probe(text):
-    """Both rewrites of a question, None if one is missing."""
-    rewrites = {kind: read_field(text, kind) for kind in ("benign", "obfuscated")}
-    return rewrites if all(rewrites.values()) else None
-
-
-# the fields of a prober's reply
-PROBE = {"benign": judge.text_field(), "obfuscated": judge.text_field()}
-
-
-def question_of(seed):
-    """What the prober gets to read."""
-    return {"question": seed["question"]}
+def preflight(seeds, agents, calls):
+    """Three requests about real seeds to each back end. calls: how many will follow, by role."""
+    asks = agents.back_ends
+    for role, ask in asks.items():
+        if role != "generator" and ask is asks["generator"]:
+            continue
+        # a role without a back end of its own adds its calls to those of the generator
+        n_calls = sum(calls[other] for other in asks if asks[other] is ask)
+        reader = partial(read, "prober" if role == "generator" else role)
+        judge.preflight(role, ask, [trial(role, seed) for seed in seeds[:3]],
+                        judge.read_tutor if role == "scorer" else reader, n_calls)
 
 
 def probe(seeds, agents):
     """Equation 7: a harmless and a disguised rewrite of each question. Sets seed["rewrites"]."""
+    def document(seed):
+        return {"question": seed["question"]}
+
     harmful = [seed for seed in seeds if seed["kind"] != "benign"]
-    for seed, rewrites in agents.about(harmful, "generator", PROBE_SYSTEM, question_of, read_probe,
-                                       **PROBE):
+    for seed, rewrites in agents.about(harmful, "prober", document):
         seed["rewrites"] = rewrites
 
 
@@ -482,14 +531,6 @@ def plan(seed, args):
     return records
 
 
-def read_turns(text):
-    """The user turns of an expansion, at most ten; None unless there are two."""
-    turns = (judge.read_json(text) or {}).get("turns")
-    if not isinstance(turns, list) or not all(judge.read_text(turn) for turn in turns):
-        return None
-    return turns[:10] if len(turns) > 1 else None
-
-
 def expand(records, agents):
     """
     Equations 8 and 9: user turns from the harmless rewrite (benign) or from the disguised one
@@ -504,13 +545,8 @@ def expand(records, agents):
         return {"kind": record["kind"], "question": question, "turns": record["n_turns"],
                 "strategies": record["ways"]}
 
-    # what the reply must look like: at most ten texts
-    turns = {"type": "array", "items": judge.text_field(), "maxItems": 10}
-    for record, template in agents.about(records, "generator", EXPAND_SYSTEM, document, read_turns,
-                                         turns=turns):
-        record["template"] = template
-        if template is None:
-            record["dropped"] = UNUSABLE
+    for record, reply in agents.about(records, "expander", document):
+        record["template"] = reply["turns"][:10]
 
 
 def succeeds(records, agents):
@@ -524,7 +560,7 @@ def succeeds(records, agents):
         active = [r for r in attacks if not r["dropped"] and t < len(r["template"])]
         for record in active:
             record["turns"].append({"user": record["template"][t]})
-        answer(active, "target", TARGET_SYSTEM, read_reply, agents)
+        answer(active, "target", agents)
 
     # then the turns are forgotten: the dialogue will be played with red and blue
     score(attacks, agents)
@@ -538,50 +574,28 @@ def succeeds(records, agents):
 # Stage II: red, blue, keep
 
 
-def read_user(text):
-    """The red agent's user turn."""
-    return read_field(text, "user")
-
-
-def read_reply(text):
-    """The reply of the blue expert or of the target."""
-    return read_field(text, "reply")
-
-
-def read_blue(text):
-    """A reply in the student's format: nothing else teaches the student its tags."""
-    reply = read_reply(text)
-    return reply if reply and judge.split_reply(reply)[2] else None
-
-
 def red(records, t, agents):
     """Equation 12: rewrite template turn t of each record in the light of its dialogue so far."""
     def document(record):
         return {"kind": record["kind"], "strategies": record["ways"],
                 "dialogue": record["turns"], "template": record["template"][t]}
 
-    for record, user in agents.about(records, "red", RED_SYSTEM, document, read_user,
-                                     user=judge.text_field()):
-        record["turns"].append({"user": user})
-        if user is None:
-            record["dropped"] = UNUSABLE
+    for record, reply in agents.about(records, "red", document):
+        record["turns"].append({"user": reply["user"]})
 
 
-def answer(records, role, system, read, agents):
-    """A model answers the last user turn of each record."""
+def answer(records, name, agents):
+    """The blue expert or the target answers the last user turn of each record."""
     def document(record):
         return {"dialogue": record["turns"]}
 
-    for record, reply in agents.about(records, role, system, document, read,
-                                      reply=judge.text_field(4000)):
-        record["turns"][-1]["assistant"] = reply
-        if reply is None:
-            record["dropped"] = UNUSABLE
+    for record, reply in agents.about(records, name, document):
+        record["turns"][-1]["assistant"] = reply["reply"]
 
 
 def blue(records, agents):
     """The blue expert answers the last user turn of each record (equation 12)."""
-    answer(records, "blue", BLUE_SYSTEM, read_blue, agents)
+    answer(records, "blue", agents)
 
 
 def score(records, agents):
@@ -592,7 +606,7 @@ def score(records, agents):
         record["verdicts"] = []
         if record["dropped"]:
             continue
-        image = image_png(record["images"][0]) if record["images"] else None
+        image = first_picture(record["images"])
         for t in range(len(record["turns"])):
             requests.append(judge.tutor_request(record["kind"], record["turns"][:t + 1], image,
                                                 judge.EVOLUTIONS, None))
@@ -630,8 +644,7 @@ def make_dialogues(seeds, done, agents, args):
     # Stage I: templates of user turns
     probe([seed for seed in seeds if seed["records"]], agents)
     for record in records:
-        if record["seed"]["kind"] != "benign" and record["seed"]["rewrites"] is None:
-            record["dropped"] = UNUSABLE
+        record["dropped"] = record["seed"].get("dropped")
     expand([r for r in records if not r["dropped"]], agents)
     if args.target:
         succeeds(records, agents)
@@ -724,17 +737,13 @@ def main(argv=None):
 
     # one call per harmful seed and per dialogue, and three per SFT turn: red, blue and scorer
     # with a target, two more per red-team turn: target and scorer
-    n_dialogues = n_turns = n_attacks = 0
-    for seed in seeds:
-        records = plan(seed, args)
-        n_dialogues += len(records)
-        n_turns += sum(r["n_turns"] for r in records if r["split"] == "sft")
-        n_attacks += sum(r["n_turns"] for r in records if r["kind"] == "red_team" and args.target)
+    planned = [record for seed in seeds for record in plan(seed, args)]
     n_harmful = sum(seed["kind"] != "benign" for seed in seeds)
-    n_calls = n_harmful + n_dialogues + 3 * n_turns + 2 * n_attacks
-    print(f"{len(seeds)} seeds, {n_dialogues} dialogues planned with {n_turns} SFT turns")
-    requests = [request(PROBE_SYSTEM, question_of(s), s["images"], **PROBE) for s in seeds[:3]]
-    judge.preflight("generator", agents.back_ends["generator"], requests, read_probe, n_calls)
+    n_turns = sum(r["n_turns"] for r in planned if r["split"] == "sft")
+    n_attacks = sum(r["n_turns"] for r in planned if r["kind"] == "red_team" and args.target)
+    print(f"{len(seeds)} seeds, {len(planned)} dialogues planned with {n_turns} SFT turns")
+    preflight(seeds, agents, {"generator": n_harmful + len(planned), "red": n_turns,
+                              "blue": n_turns, "scorer": n_turns + n_attacks, "target": n_attacks})
     if args.dry_run:
         return
 

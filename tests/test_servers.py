@@ -281,6 +281,9 @@ EVAL = "--endpoint {url} --endpoint_model m --data {data}/bench.jsonl --judge {u
 @pytest.mark.parametrize("script, words, roles", (
     (synth, "--seeds {data}/../seeds/seeds.jsonl --generator {url} --generator_model m",
      "GENERATOR"),
+    (synth, "--seeds {data}/../seeds/seeds.jsonl --generator {url} --generator_model m "
+     "--red {url} --red_model m --blue {url} --blue_model m --scorer {url} --scorer_model m "
+     "--target {url} --target_model m", "GENERATOR RED BLUE SCORER TARGET"),
     (grpo, "--model x --data {data}/rl.jsonl --tutor {url} --tutor_model m --prompts 1", "TUTOR"),
     (evaluation, EVAL, "JUDGE"),
     (evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m", "JUDGE TUTOR")))
