@@ -131,13 +131,6 @@ class Student:
 
 def load_student(path, nf4=True):
     """Load a Qwen VL folder or Hugging Face name, frozen: bf16 on a GPU, fp32 on a CPU."""
-    try:
-        family = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        judge.bad_input(f"--model {path}: {str(error).splitlines()[0]}")
-    if family not in FAMILIES:
-        judge.bad_input(f"--model {path}: a {family} model; supported are {', '.join(FAMILIES)}")
-
     # bitsandbytes matches these names with the start or the end of a module's name, so "visual"
     # alone would miss model.visual. The list replaces the default one, so lm_head is on it.
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,9 +138,18 @@ def load_student(path, nf4=True):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, device_map={"": device}, use_safetensors=True,
-        quantization_config=quantization if nf4 else None)
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+        if family not in FAMILIES:
+            raise ValueError(f"a {family} model; supported are {', '.join(FAMILIES)}")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # the PIL processor sees the same pictures whether or not torchvision is installed
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, use_safetensors=True,
+            quantization_config=quantization if nf4 else None)
+    except (OSError, ValueError, SafetensorError) as error:
+        judge.bad_input(f"--model {path}: {str(error).splitlines()[0]}")
 
     for module in model.modules():
         # On some CPUs bitsandbytes would repack the weights for a kernel without a backward pass.
@@ -156,11 +158,9 @@ def load_student(path, nf4=True):
     if device == "cuda":
         patches_by_product(model)
 
-    # The PIL processor sees the same pictures whether or not torchvision is installed.
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    # no picture takes more than the image budget
     longest = image_processor.size["longest_edge"]
     image_processor.size["longest_edge"] = min(longest, MAX_PIXELS)
-    tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:         # early checkpoints have it in a file of its own
         file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if file is None:

@@ -75,7 +75,7 @@ def write_data(toy, out):
     shutil.copytree(toy / "world/images", out / "images")
     seeds = [{**seed, "image": f"images/{Path(seed['image']).name}"} for seed in seeds[:8]]
     judge.write_jsonl(out / "pictures.jsonl", seeds)
-    texts = [{**seed, "image": None, "split": ""} for seed in seeds[:4]]
+    texts = [{**seed, "image": None, "split": ""} for seed in seeds[:2]]
     judge.write_jsonl(out / "texts.jsonl", texts)
     talks = [{**seed, "turns": [seed["question"], "why?", "and then?"]} for seed in texts]
     judge.write_jsonl(out / "talks.jsonl", talks)
@@ -107,22 +107,24 @@ def main():
     def script(name, *words):
         return [sys.executable, ROOT / name, *words]
 
+    short = ["--extra", '{"max_tokens": 200}']      # SmolLM2 fills every text to its limit
+
     def calibrate(url, model, fixtures):
-        return script("tests/calibrate.py", "--judge", url, "--judge_model", model,
+        return script("tests/calibrate.py", "--judge", url, "--judge_model", model, *short,
                       "--fixtures", fixtures)
 
     def synth(url, model, seeds):
         return script("synth.py", "--seeds", runs / seeds, "--generator", url, "--concurrency", "4",
-                      "--generator_model", model, "--splits", "1", "0", "0", "--out", "OUT")
+                      "--generator_model", model, *short, "--splits", "1", "0", "0", "--out", "OUT")
 
     def grpo(url, model, data):
         return script("grpo.py", *student, "--adapter", toy / "sft", "--data", runs / data,
-                      "--tutor", url, "--tutor_model", model, "--prompts", "2", "--group", "2",
-                      "--max_turns", "2", "--out", "OUT")
+                      "--tutor", url, "--tutor_model", model, "--tutor_extra", short[1],
+                      "--prompts", "2", "--group", "2", "--max_turns", "2", "--out", "OUT")
 
     def evaluate(data, *words):
         return script("eval.py", "--data", runs / data, "--name", "student", "--max_new", "40",
-                      "--max_tokens", "1024", "--out", "OUT", *words)
+                      "--max_tokens", "1024", "--out", "OUT", *short, *words)
 
     def judged_by(url, model):
         return ["--judge", url, "--judge_model", model]

@@ -84,6 +84,10 @@ def test_what_is_no_student_is_refused_by_name(base, tmp_path, capsys):
     assert "<|im_end|>" in refused(capsys, sft.load_student, tmp_path, False)
     (tmp_path / "chat_template.jinja").unlink()
     assert "template" in refused(capsys, sft.load_student, tmp_path, False)
+    for name in ("model.safetensors", "tokenizer.json"):        # downloads that stopped half-way
+        shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+        (tmp_path / name).write_bytes((base / name).read_bytes()[:500])
+        assert str(tmp_path) in refused(capsys, sft.load_student, tmp_path, False)
 
 
 def test_only_the_policy_is_trainable_whatever_was_active_before(fresh):                # trap 18
