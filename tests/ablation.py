@@ -25,22 +25,28 @@ import judge
 GRPO = ("--epochs 2 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro_tokens 2500 "
         "--strategies yes_ladder hypothetical_escalation sunk_cost_anchor gradual_desensitisation "
         "authority_escalation emotional_appeal --tutor toy").split()
+NOISY = "--tutor noisy_tutor --prompts 20 --group 2 --epochs 5"     # 40 rollouts a step, as always
 SFT = "--lr 3e-3 --lora_r 8 --lora_alpha 16 --micro_tokens 1500 --max_tokens 1024".split()
 
 # name: (script, start, data, more flags). A start is the name of an arm, or None for the base.
-# Names that begin with "full" or "sft" are made by `make toy`.
+# last_turn and no_std are grpo.py with a change, see changed_grpo.
 ARMS = {
     "sft_single": ("sft.py", None, "sft_single", "--epochs 8"),
     "sft_single+grpo_single": ("grpo.py", "sft_single", "rl_single", "--epochs 6"),
     "grpo_from_base": ("grpo.py", None, "rl", ""),
     "scripted": ("grpo.py", "sft", "rl", "--tutor scripted_tutor"),
-    "last_turn": ("grpo.py", "sft", "rl", ""),
+    "last_turn": ("last_turn", "sft", "rl", ""),
     "mean": ("grpo.py", "sft", "rl", "--alpha 0"),
     "minimum": ("grpo.py", "sft", "rl", "--alpha 1"),
     "turn_credit": ("grpo.py", "sft", "rl", "--credit turn"),
     "like_paper": ("grpo.py", "sft", "rl", "--like paper"),
     "like_released": ("grpo.py", "sft", "rl", "--like released"),
     "released_unjudged": ("grpo.py", "sft", "rl", "--like released --unjudged_last"),
+    # the two regimes of regimes.py in which TCSR and the mean should differ most
+    "lenient_tutor": ("no_std", "sft", "rl", "--tutor lenient_tutor"),
+    "lenient_tutor_mean": ("no_std", "sft", "rl", "--tutor lenient_tutor --alpha 0"),
+    "noisy_tutor": ("grpo.py", "sft", "rl", NOISY),
+    "noisy_tutor_mean": ("grpo.py", "sft", "rl", NOISY + " --alpha 0"),
 }
 BENCHES = ("multi", "single")
 
@@ -84,7 +90,7 @@ def prepare(folder, seed):
 
 def train(folder, name, seed):
     script, start, data, flags = ARMS[name]
-    words = [sys.executable, script] if name != "last_turn" else [sys.executable, __file__, "last_turn"]
+    words = [sys.executable, script] if script.endswith(".py") else [sys.executable, __file__, script]
     words += ["--model", str(folder / "world/base"), "--data", str(folder / f"data/{data}.jsonl")]
     words += ["--out", str(folder / name), "--seed", str(seed)]
     if start:
@@ -149,10 +155,13 @@ def table():
     eval.print_tables(tables)
 
 
-def last_turn(argv):
-    """grpo.py with the reward of the last turn as the return of the whole dialogue."""
+def changed_grpo(change, argv):
+    """grpo.py with the last turn's reward as the return of the dialogue, or without the std."""
     import grpo
-    grpo.tcsr.tcsr = lambda rewards, alpha, mask=None: grpo.tcsr._masked(rewards, mask)[0]
+    if change == "last_turn":
+        grpo.tcsr.tcsr = lambda rewards, alpha, mask=None: grpo.tcsr._masked(rewards, mask)[0]
+    if change == "no_std":
+        grpo.METHODS["ours"]["divide_by_std"] = False
     judge.run(lambda: grpo.main(argv))
 
 
@@ -169,7 +178,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["last_turn"]:
-        last_turn(sys.argv[2:])
+    if sys.argv[1:2] in (["last_turn"], ["no_std"]):
+        changed_grpo(sys.argv[1], sys.argv[2:])
     else:
         main()
