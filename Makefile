@@ -30,6 +30,7 @@ toy: .venv/toy
 		--max_new 40 --max_tokens 1024 --micro_tokens 2500 $(GRPO) && wait $$other || { tail $(OUT)/sft.log; exit 1; }
 	$(EVAL) --adapter $(OUT)/grpo --out $(OUT)/eval/grpo --name grpo
 	$(PY) eval.py compare $(OUT)/eval/base $(OUT)/eval/sft $(OUT)/eval/grpo --out $(OUT)
+	@echo "Open $(OUT)/grpo/report.html to watch the training."
 
 test: .venv/test
 	$(PY) -m pytest -q tests

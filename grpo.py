@@ -658,6 +658,17 @@ def check_rollouts(rollouts, step, args):
         raise SystemExit(f"step {step}: the policy's log-probabilities are not finite")
 
 
+def check_progress(rows, steps):
+    """End a run that is not finite for three steps in a row, or has no signal for ten."""
+    bad = [not row["healthy"] for row in rows[-3:]]
+    if all(bad) and len(bad) == min(3, steps):
+        raise SystemExit(f"{len(bad)} steps in a row were not finite")
+    dead = [row["dead"] == 1 for row in rows[-10:]]
+    if all(dead) and len(dead) == min(10, steps):
+        raise SystemExit(f"{len(dead)} steps in a row without any signal: in every group all "
+                         f"rollouts got the same reward")
+
+
 def write_rollouts(log, step, rollouts, values, adv, group):
     """One line per rollout; each turn gets its TCSR value and its advantage."""
     for n, r in enumerate(rollouts):
@@ -720,7 +731,7 @@ def main(argv=None):
     start = load_checkpoint(args.out, student, optimizer)
     log = open_log(args.out, "log.jsonl", start)
     rollout_log = open_log(args.out, "rollouts.jsonl", start)
-    bad_steps = dead_steps = 0
+    rows = []
     for step in range(start, steps):
         begin, tutor.seconds = time.time(), 0.0
         for group in optimizer.param_groups:
@@ -753,6 +764,7 @@ def main(argv=None):
                "seconds_generate": rolled_out - begin - tutor.seconds,
                "seconds_tutor": tutor.seconds, "seconds_update": time.time() - rolled_out}
         row.update(warnings=warnings(row), **getattr(ask, "used", {}))
+        rows.append(row)
         write_row(log, row)
         values = tcsr.tcsr(rewards, args.alpha, mask).reshape(adv.shape)
         write_rollouts(rollout_log, step, rollouts, values, adv, args.group)
@@ -760,14 +772,8 @@ def main(argv=None):
             print(f"one rollout, trained tokens in brackets:\n{bracketed(student, rollouts[0])}")
         print_row(row, steps)
 
-        # checkpoints, and the ends of a run that went wrong or was asked to stop
-        bad_steps = 0 if row["healthy"] else bad_steps + 1
-        dead_steps = dead_steps + 1 if row["dead"] == 1 else 0
-        if bad_steps == min(3, steps):
-            raise SystemExit(f"{bad_steps} steps in a row were not finite")
-        if dead_steps == min(10, steps):
-            raise SystemExit(f"{dead_steps} steps in a row without any signal: in every group all "
-                             f"rollouts got the same reward")
+        # checkpoints
+        check_progress(rows, steps)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
             save_checkpoint(args.out, step + 1, student, optimizer, args)
             write_report(args.out)
