@@ -512,7 +512,7 @@ def preflight(role, ask, requests, read, calls):
         # these three went side by side; a long run keeps `concurrency` requests going
         hours = seconds * calls / ask.concurrency / 3600
         tokens = (ask.used["tokens_in"] + ask.used["tokens_out"]) / max(1, ask.used["calls"])
-        print(f"{role}: about {tokens * calls:,.0f} tokens and {hours:.1f} hours, if it answers "
+        print(f"{role}: about {tokens * calls:,.0f} tokens and {hours:.2f} hours, if it answers "
               f"{ask.concurrency} requests as fast as these")
 
 

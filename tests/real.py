@@ -68,12 +68,10 @@ def serve(name, words, out):
 
 def write_data(toy, out):
     """Seeds and dialogues without pictures, a few with pictures, and a dozen labelled turns."""
-    seeds = [json.loads(line) for line in open(toy / "world/seeds.jsonl")]
-    for i, seed in enumerate(seeds):
-        seed["image"] = str((toy / "world" / seed["image"]).resolve())
-    # data must lie beside their pictures
+    # pictures must lie beside their data, so the toy's are copied
     shutil.copytree(toy / "world/images", out / "images")
-    seeds = [{**seed, "image": f"images/{Path(seed['image']).name}"} for seed in seeds[:8]]
+    lines = (toy / "world/seeds.jsonl").read_text().splitlines()
+    seeds = [json.loads(line) for line in lines[:8]]
     judge.write_jsonl(out / "pictures.jsonl", seeds)
     texts = [{**seed, "image": None, "split": ""} for seed in seeds[:2]]
     judge.write_jsonl(out / "texts.jsonl", texts)
@@ -81,6 +79,69 @@ def write_data(toy, out):
     judge.write_jsonl(out / "talks.jsonl", talks)
     lines = (ROOT / "tests/judge_fixtures.jsonl").read_text().splitlines()
     (out / "fixtures.jsonl").write_text("\n".join(lines[::5]) + "\n")
+
+
+def make_plan(toy, runs, llama_url, hub_url):
+    """Rows of (server, what is run, what should happen, the command). "OUT" becomes a folder."""
+    student = ["--model", toy / "world/base", "--max_new", "40", "--max_tokens", "1024"]
+
+    def script(name, *words):
+        return [sys.executable, ROOT / name, *words]
+
+    short = ["--extra", '{"max_tokens": 200}']      # SmolLM2 fills every text to its limit
+
+    def calibrate(url, model, fixtures):
+        return script("tests/calibrate.py", "--judge", url, "--judge_model", model, *short,
+                      "--fixtures", fixtures)
+
+    def synth(url, model, seeds, *splits):
+        return script("synth.py", "--seeds", runs / seeds, "--generator", url, "--concurrency", "4",
+                      "--generator_model", model, *short, "--splits", *splits, "--out", "OUT")
+
+    def grpo(url, model, data):
+        return script("grpo.py", *student, "--adapter", toy / "sft", "--data", runs / data,
+                      "--tutor", url, "--tutor_model", model, "--tutor_extra", short[1],
+                      "--prompts", "2", "--group", "2", "--max_turns", "2", "--out", "OUT")
+
+    def evaluate(data, *words):
+        return script("eval.py", "--data", runs / data, "--name", "student", "--max_new", "40",
+                      "--max_tokens", "1024", "--out", "OUT", *short, *words)
+
+    def judged_by(url, model):
+        return ["--judge", url, "--judge_model", model]
+
+    def attacked_by(url, model):
+        return ["--attacker", "adaptive", "--tutor", url, "--tutor_model", model]
+
+    smol, base = (llama_url, "smollm2"), (hub_url, str(toy / "world/base"))
+    return [
+        ("llama.cpp", "calibrate", "runs", calibrate(*smol, runs / "fixtures.jsonl")),
+        ("llama.cpp", "synth, user turns", "runs", synth(*smol, "texts.jsonl", *"010")),
+        ("llama.cpp", "synth, SFT dialogues", "stops: too small for the tags",
+         synth(*smol, "texts.jsonl", *"100")),
+        ("llama.cpp", "grpo", "runs", grpo(*smol, "talks.jsonl")),
+        ("llama.cpp", "eval, as judge and attacker", "runs", evaluate(
+            "talks.jsonl", "--model", toy / "world/base", *judged_by(*smol), *attacked_by(*smol))),
+        ("llama.cpp", "eval, as student", "runs", evaluate(
+            "talks.jsonl", "--endpoint", llama_url, "--endpoint_model", "smollm2",
+            *judged_by(*smol))),
+        ("llama.cpp", "eval, as student, pictures", "stops: no pictures", evaluate(
+            "pictures.jsonl", "--endpoint", llama_url, "--endpoint_model", "smollm2",
+            "--judge", "toy")),
+        ("llama.cpp", "grpo, pictures", "stops: no pictures", grpo(*smol, "pictures.jsonl")),
+        ("transformers serve", "eval, the toy student", "runs", evaluate(
+            "pictures.jsonl", "--endpoint", hub_url, "--endpoint_model", base[1],
+            "--judge", "toy")),
+        ("transformers serve", "eval, wrong model name", "stops: no such model", evaluate(
+            "pictures.jsonl", "--endpoint", hub_url, "--endpoint_model", "no/such",
+            "--judge", "toy")),
+        ("transformers serve", "calibrate", "stops: no JSON", calibrate(*base, "toy")),
+        ("transformers serve", "synth, pictures", "stops: no JSON",
+         synth(*base, "pictures.jsonl", *"010")),
+        ("transformers serve", "grpo, pictures", "stops: no JSON", grpo(*base, "pictures.jsonl")),
+        ("none", "eval, the toy student here", "runs", evaluate(
+            "pictures.jsonl", "--model", toy / "world/base", "--judge", "toy")),
+    ]
 
 
 def main():
@@ -102,63 +163,7 @@ def main():
     hub, hub_url = serve("transformers", [
         programs / "transformers", "serve", toy / "world/base", "--port", "{port}",
         "--device", "cpu", "--dtype", "float32"], out)
-    student = ["--model", toy / "world/base", "--max_new", "40", "--max_tokens", "1024"]
-
-    def script(name, *words):
-        return [sys.executable, ROOT / name, *words]
-
-    short = ["--extra", '{"max_tokens": 200}']      # SmolLM2 fills every text to its limit
-
-    def calibrate(url, model, fixtures):
-        return script("tests/calibrate.py", "--judge", url, "--judge_model", model, *short,
-                      "--fixtures", fixtures)
-
-    def synth(url, model, seeds):
-        return script("synth.py", "--seeds", runs / seeds, "--generator", url, "--concurrency", "4",
-                      "--generator_model", model, *short, "--splits", "1", "0", "0", "--out", "OUT")
-
-    def grpo(url, model, data):
-        return script("grpo.py", *student, "--adapter", toy / "sft", "--data", runs / data,
-                      "--tutor", url, "--tutor_model", model, "--tutor_extra", short[1],
-                      "--prompts", "2", "--group", "2", "--max_turns", "2", "--out", "OUT")
-
-    def evaluate(data, *words):
-        return script("eval.py", "--data", runs / data, "--name", "student", "--max_new", "40",
-                      "--max_tokens", "1024", "--out", "OUT", *short, *words)
-
-    def judged_by(url, model):
-        return ["--judge", url, "--judge_model", model]
-
-    def attacked_by(url, model):
-        return ["--attacker", "adaptive", "--tutor", url, "--tutor_model", model]
-
-    # server, what is run, what should happen, the command
-    smol, base = (llama_url, "smollm2"), (hub_url, str(toy / "world/base"))
-    plan = [
-        ("llama.cpp", "calibrate", "runs", calibrate(*smol, runs / "fixtures.jsonl")),
-        ("llama.cpp", "synth", "runs", synth(*smol, "texts.jsonl")),
-        ("llama.cpp", "grpo", "runs", grpo(*smol, "talks.jsonl")),
-        ("llama.cpp", "eval, as judge and attacker", "runs", evaluate(
-            "talks.jsonl", "--model", toy / "world/base", *judged_by(*smol), *attacked_by(*smol))),
-        ("llama.cpp", "eval, as student", "runs", evaluate(
-            "talks.jsonl", "--endpoint", llama_url, "--endpoint_model", "smollm2",
-            "--judge", "toy")),
-        ("llama.cpp", "eval, as student, pictures", "stops: no pictures", evaluate(
-            "pictures.jsonl", "--endpoint", llama_url, "--endpoint_model", "smollm2",
-            "--judge", "toy")),
-        ("llama.cpp", "grpo, pictures", "stops: no pictures", grpo(*smol, "pictures.jsonl")),
-        ("transformers serve", "eval, as student, pictures", "runs", evaluate(
-            "pictures.jsonl", "--endpoint", hub_url, "--endpoint_model", base[1],
-            "--judge", "toy")),
-        ("transformers serve", "eval, wrong model name", "stops: no such model", evaluate(
-            "pictures.jsonl", "--endpoint", hub_url, "--endpoint_model", "no/such",
-            "--judge", "toy")),
-        ("transformers serve", "calibrate", "stops: no JSON", calibrate(*base, "toy")),
-        ("transformers serve", "synth, pictures", "stops: no JSON", synth(*base, "pictures.jsonl")),
-        ("transformers serve", "grpo, pictures", "stops: no JSON", grpo(*base, "pictures.jsonl")),
-        ("none", "eval, the same student here", "same replies", evaluate(
-            "pictures.jsonl", "--model", toy / "world/base", "--judge", "toy")),
-    ]
+    plan = make_plan(toy, runs, llama_url, hub_url)
     print("| server | script | should | exit code | s | last words |\n|---|---|---|---|---|---|")
     try:
         for i, (server, what, should, words) in enumerate(plan):
@@ -175,10 +180,14 @@ def main():
         hub.kill()
 
     # the served student and the one in this process must say the same
-    served, local = [[json.loads(line)["turns"] for line in open(runs / f"{i}/samples.jsonl")]
-                     for i in (7, 12)]
-    pairs = [(a["assistant"], b["assistant"]) for s, l in zip(served, local) for a, b in zip(s, l)]
-    print(f"\n{sum(a == b for a, b in pairs)} of {len(pairs)} served turns equal the local ones")
+    replies = {}
+    for i, (_, what, _, _) in enumerate(plan):
+        if what.startswith("eval, the toy student"):
+            samples = [json.loads(line) for line in open(runs / f"{i}/samples.jsonl")]
+            replies[what] = [turn["assistant"] for s in samples for turn in s["turns"]]
+    served, local = replies.values()
+    same = sum(a == b for a, b in zip(served, local))
+    print(f"\n{same} of {len(local)} turns of the served toy student equal the local ones")
 
 
 if __name__ == "__main__":
