@@ -49,6 +49,13 @@ ARMS = {
     "noisy_tutor_mean": ("grpo.py", "sft", "rl", NOISY + " --alpha 0"),
 }
 BENCHES = ("multi", "single")
+# Safety / Help of the 3B in the paper's Tables 2, 4 and 5; "without TCSR" is not explained there
+PAPER = {
+    "multi": {"base": "12.6 / 27.1", "sft": "41.6 / 57.6", "grpo": "55.6 / 70.3",
+              "sft_single": "21.8 / 41.9", "sft_single+grpo_single": "17.1 / 32.4",
+              "grpo_from_base": "24.5 / 42.4", "scripted": "51.1 / 64.0", "mean": "51.1 / 65.9"},
+    "single": {"base": "48.3 / 45.9", "sft": "79.9 / 66.5", "grpo": "81.8 / 70.8"},
+}
 
 
 def read(path):
@@ -136,22 +143,24 @@ def run_seeds(seeds):
 
 
 def table():
-    """Every value, and the paired difference to the full method, per bench."""
+    """Per bench and metric: every seed, the difference to the full method, and the paper's row."""
     results = json.loads(RESULTS.read_text())
     tables = []
     for bench in BENCHES:
         rows = []
+        full = results[bench]["grpo"]
         for name in ("base", "sft", "grpo", *ARMS):
             runs = results[bench].get(name, {})
-            row = [name]
+            row = [name, PAPER[bench].get(name, "")]
             for metric in eval.METRICS:
-                gaps = [runs[s][metric] - results[bench]["grpo"][s][metric] for s in runs]
+                values = " ".join(eval.percent(runs[seed][metric], 0) for seed in runs)
+                gaps = [runs[seed][metric] - full[seed][metric] for seed in runs if seed in full]
                 value, low, high = eval.t_interval(gaps)
                 gap = eval.cell({"value": value, "low": low, "high": high, "n": len(gaps)})
-                row.append(" ".join(eval.percent(runs[s][metric], 0) for s in runs) + f" ({gap})")
+                row.append(values if name == "grpo" else f"{values} ({gap})")
             rows.append(row)
         title = f"{bench}-turn bench: every seed in %, (difference to grpo [95 %] seeds)"
-        tables.append((title, ["", *eval.METRICS], rows))
+        tables.append((title, ["", "paper: Safety / Help", *eval.METRICS], rows))
     eval.print_tables(tables)
 
 
