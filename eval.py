@@ -84,6 +84,7 @@ def parse_args(argv=None):
     add("--strategies", nargs="+", default=list(judge.STRATEGIES), choices=list(judge.STRATEGIES),
         metavar="NAME", help="attack strategies of the adaptive attacker")
     add("--extra", type=judge.json_object, default={}, help="more fields of the request body")
+    # flags that only make sense together, or only alone
     args = parser.parse_args(argv)
     if args.attacker == "adaptive" and not args.tutor:
         parser.error("--attacker adaptive needs a --tutor")
@@ -111,7 +112,7 @@ def make_attacker(ask, args):
 
 def local_student(args):
     """-> play(dialogues, attacker): the rollout of grpo.py with greedy decoding."""
-    # the same weights as in training, with the adapter merged into a copy
+    # the weights that the policy samples from in training: a copy with the adapter merged into it
     student = load_student(args.model, args.nf4)
     if args.adapter:
         load_adapter(student, args.adapter, "policy")
@@ -120,7 +121,11 @@ def local_student(args):
     args.temperature = 0
 
     def play(dialogues, attacker):
-        images = encode_images(student, [path for d in dialogues for path in d["images"]])
+        paths = []
+        for d in dialogues:
+            paths += d["images"]
+        images = encode_images(student, paths)
+        # a key gives the noise of sampling, which greedy decoding does not use
         keys = [(d["id"],) for d in dialogues]
         return rollout(student, dense, dialogues, keys, attacker, images, args)
     return play
@@ -197,10 +202,10 @@ def first_picture(sample):
 
 def judge_rollouts(ask, rollouts, args):
     """-> the records of samples.jsonl: each turn has a verdict, None if it could not be read."""
-    # one request per turn, which shows the dialogue up to it
+    # a record for each dialogue, and a request for each turn that shows the dialogue up to it
+    fields = ("id", "seed_id", "kind", "strategy", "category", "source", "images")
     samples, turns, requests = [], [], []
     for r in rollouts:
-        fields = ("id", "seed_id", "kind", "strategy", "category", "source", "images")
         sample = {name: r.dialogue[name] for name in fields}
         sample.update(arm=args.name, attacker=args.attacker, turns=r.turns,
                       error="not all turns were played" if r.cut else None)
@@ -208,7 +213,8 @@ def judge_rollouts(ask, rollouts, args):
         for t, turn in enumerate(r.turns):
             turns.append(turn)
             requests.append(judge.judge_request(r.turns[:t + 1], first_picture(sample)))
-    # one batched call for all turns
+
+    # one batched call for all turns; of a reply that could not be read, its text is kept
     verdicts, raw = judge.ask_and_read(ask, requests, judge.read_judge)
     for turn, verdict, text in zip(turns, verdicts, raw):
         turn["verdict"] = verdict
@@ -266,7 +272,7 @@ def outcome(sample, metric):
     return int(hit), int(known), int(not known)
 
 
-def entry(limits, **counts):
+def interval(limits, **counts):
     """What results.json holds for a share or a difference: (value, low, high), and the counts."""
     value, low, high = limits
     return {"value": value, "low": low, "high": high, **counts}
@@ -280,11 +286,12 @@ def measure(samples, metric):
         if any(row):
             rows.append(row)
             seeds.append(sample["seed_id"])
+
     # dialogues of one seed are one observation
     rows = np.reshape(rows, (-1, 3))                                        # (N, 3)
     hits, scored, unscored = cluster_sums(rows, seeds).T                    # (C,) each
     limits = share_interval(hits, scored)
-    return entry(limits, n=int(scored.sum()), unscored=int(unscored.sum()))
+    return interval(limits, n=int(scored.sum()), unscored=int(unscored.sum()))
 
 
 def failures(samples, threshold):
@@ -296,6 +303,7 @@ def failures(samples, threshold):
     harmful = [sample for sample in samples if sample["kind"] in HARMFUL]
     at_risk = np.zeros((len(harmful), MAX_TURNS))
     failed = np.zeros((len(harmful), MAX_TURNS))
+
     # walk through each dialogue until something ends it
     for n, sample in enumerate(harmful):
         for t, verdict in enumerate(verdicts_of(sample)):
@@ -305,6 +313,8 @@ def failures(samples, threshold):
             if verdict["harmlessness"] < threshold:
                 failed[n, t] = 1
                 break
+
+    # dialogues of one seed are one observation
     seeds = [sample["seed_id"] for sample in harmful]
     return cluster_sums(at_risk, seeds), cluster_sums(failed, seeds)
 
@@ -314,7 +324,7 @@ def survival(samples, threshold):
     at_risk, failed = failures(samples, threshold)
     n = sum(sample["kind"] in HARMFUL for sample in samples)
     left = at_risk.sum(0).astype(int).tolist()
-    return entry(kaplan_meier(at_risk, failed), n=n, at_risk=left)
+    return interval(kaplan_meier(at_risk, failed), n=n, at_risk=left)
 
 
 def arm_results(samples):
@@ -425,6 +435,7 @@ def kaplan_meier(at_risk, failed):
     between = (influence ** 2).sum(0)
     design_effect = np.maximum(between / np.maximum(independent, 1e-12), 1)
 
+    # the limits of each turn about which something is known
     value, low, high = [None] * len(n), [None] * len(n), [None] * len(n)
     for t in range(len(n)):
         if n[t] == 0 and survival[t] > 0:
@@ -467,6 +478,7 @@ def survival_difference(at_risk_a, failed_a, at_risk_b, failed_b):
     differences = resampled[1] - resampled[0]
     lower, upper = np.percentile(differences, [2.5, 97.5], axis=0)              # (T,) each
 
+    # percentiles, but never closer to the value than what may have gone unseen
     for t in range(T):
         if curves[0][t] is None or curves[1][t] is None:
             continue
@@ -532,14 +544,14 @@ def paired(samples_a, samples_b, metric):
             rows.append([hits_a, scored_a, hits_b, scored_b])
             seeds.append(a["seed_id"])
     rows = np.reshape(rows, (-1, 4))                                        # (N, 4)
-    return entry(paired_difference(*cluster_sums(rows, seeds).T), n=len(rows))
+    return interval(paired_difference(*cluster_sums(rows, seeds).T), n=len(rows))
 
 
 def paired_survival(samples_a, samples_b, threshold):
     """The difference B - A of two survival curves, lists of T; None where either curve is None."""
     curve_a = failures(samples_a, threshold)
     curve_b = failures(samples_b, threshold)
-    return entry(survival_difference(*curve_a, *curve_b))
+    return interval(survival_difference(*curve_a, *curve_b))
 
 
 # what two arms must share to be compared
@@ -565,7 +577,10 @@ def load_arm(folder):
 
 
 def results_of(folders):
-    """-> results.json, and {name: samples} of one or several arms"""
+    """
+    -> results.json, and {name: samples} of one or several arms. results.json holds each arm, what
+    they share, the differences of every pair, and in words what makes an arm incomplete.
+    """
     arms, results = {}, {"arms": {}, "pairs": [], "incomplete": []}
     for folder in folders:
         samples, args, arm = load_arm(folder)
@@ -615,7 +630,7 @@ def percent(value, digits=1):
 
 
 def cell(entry):
-    """A share or a difference as "41.3 [38.0, 44.6] 200", in percent; n stands at the end."""
+    """An interval as "41.3 [38.0, 44.6] 200", in percent; n stands at the end."""
     if entry["value"] is None:
         return "–"
     limits = f"[{percent(entry['low'])}, {percent(entry['high'])}]"
@@ -729,12 +744,15 @@ def publish(folders, out):
 
 def preflight(ask, tutor, dialogues, args):
     """Ask the judge, and the tutor if there is one, about three turns with a made-up reply."""
+    # three dialogues of one turn, which no student has seen
     rollouts, requests = [], []
     for d in dialogues[:3]:
         content, _ = user_turns(d)[0]
         turn = {"user": text_of(content), "assistant": "I would rather not say."}
         rollouts.append(Rollout(dialogue=d, turns=[turn]))
         requests.append(judge.judge_request([turn], first_picture(d)))
+
+    # a run asks each of them once per turn
     calls = sum(min(MAX_TURNS, len(user_turns(d))) for d in dialogues)
     judge.preflight("judge", ask, requests, judge.read_judge, calls)
     if tutor is not None:
@@ -743,6 +761,7 @@ def preflight(ask, tutor, dialogues, args):
 
 
 def main(argv=None):
+    """eval.py: play, judge and report one arm."""
     args = parse_args(argv)
     dialogues = read_dialogues(args.data)
     ask = judge.backend("judge", args.judge, args.judge_model, args.extra)
@@ -759,8 +778,9 @@ def main(argv=None):
     args.judge_prompt = hashlib.sha256(judge.JUDGE_SYSTEM.encode()).hexdigest()[:16]
     args.n_dialogues = len(dialogues)
     lock = judge.open_run(args)
+
+    # what an earlier run has finished; a dialogue with an unscored turn is played again
     path = Path(args.out, "samples.jsonl")
-    # what was not scored is played again
     kept = judge.read_log(path, keep=lambda sample: None not in verdicts_of(sample))
     done = {sample["id"] for sample in kept}
 
@@ -797,11 +817,12 @@ def compare(argv=None):
 
 def seeds(argv=None):
     """eval.py seeds: the spread over training runs, which one run cannot show."""
-    # results.json of each seed, all with the same arms
     parser = argparse.ArgumentParser(prog="eval.py seeds",
                                      description="Pool the results of several training seeds")
     parser.add_argument("results", nargs="+", help="results.json of eval.py compare, one per seed")
     args = parser.parse_args(argv or sys.argv[2:])
+
+    # the results of each seed, all with the same arms
     try:
         runs = [json.loads(Path(path).read_text())["arms"] for path in args.results]
         names = list(runs[0])
@@ -813,7 +834,7 @@ def seeds(argv=None):
         judge.bad_input(f"these are no results of the same arms: {error!r}")
 
     # every value
-    every, differences = [], []
+    every = []
     for name in names:
         row = [name]
         for metric in METRICS:
@@ -821,6 +842,7 @@ def seeds(argv=None):
         every.append(row)
 
     # the mean difference from each arm to the next, over the seeds that have both values
+    differences = []
     for a, b in zip(names, names[1:]):
         entries = {}
         for metric in METRICS:
@@ -828,7 +850,7 @@ def seeds(argv=None):
             for x, y in zip(values[a, metric], values[b, metric]):
                 if x is not None and y is not None:
                     gaps.append(y - x)
-            entries[metric] = entry(t_interval(gaps), n=len(gaps))
+            entries[metric] = interval(t_interval(gaps), n=len(gaps))
         differences.append(metric_row(f"{a} → {b}", entries))
     print_tables([(f"{len(runs)} training seeds, every value in %", ["", *METRICS], every),
                   ("mean difference [95 %, Student's t] seeds", ["", *METRICS], differences)])

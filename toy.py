@@ -61,7 +61,7 @@ SHAPES = {      # corners on a 10 x 10 grid; the ball is a circle
 }
 SIGN = (250, 120, 0)    # the hazard sign's orange, a colour that no object has
 
-# The three moves of an object. The first and the last depend on its shape, the second on its colour.
+# The moves of an object. The first and the last depend on its shape, the second on its colour.
 FIRST = dict(zip(SHAPES, "blim drax fosk glon hesp jurn klev morp".split()))
 SECOND = dict(zip(COLOURS, "plim quon rhel skib twon vask".split()))
 THIRD = dict(zip(SHAPES, "yorl zent brem dask fenk gwil hond jast".split()))
