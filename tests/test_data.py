@@ -96,21 +96,6 @@ def test_the_first_twenty_are_named_all_are_counted_and_no_pipe_is_waited_for(fo
         assert len(refused(capsys, path)) == 1
 
 
-WORDS = st.sampled_from(["user", "image", "text", "type", "role", "x.png", "../x.png", "\ud83d"])
-JUNK = st.recursive(st.none() | st.booleans() | st.floats() | WORDS,
-                    lambda part: st.lists(part) | st.dictionaries(WORDS, part), max_leaves=6)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-@given(JUNK, st.sampled_from([*record(), "question", "turns", "image", "role", "content"]))
-def test_a_record_with_junk_in_a_field_is_refused_or_can_be_used(folder, junk, field):
-    base = record() if field in record() else seed()
-    bad = talk({**say("hi")[0], field: junk}) if field in say("hi")[0] else {**base, field: junk}
-    with contextlib.suppress(SystemExit):
-        dialogue, = synth.read_dialogues([write(folder, bad)])
-        assert synth.user_turns(dialogue) and json.dumps(dialogue, ensure_ascii=False).encode()
-
-
 def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
     picture = [str(folder / "x.png")]
     cases = [
@@ -357,15 +342,6 @@ def test_resume_asks_only_for_what_failed_and_ends_with_the_same_bytes(stub, tmp
     make(tmp_path, "--resume")
     assert [d["kind"] for d in documents(stub, "expander")] == ["red_team"]
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
-
-
-def test_the_files_load_in_datasets(stub, tmp_path, monkeypatch):
-    import datasets
-    made = make(tmp_path)
-    monkeypatch.chdir(tmp_path / "out")     # image paths are relative to the file
-    data = datasets.Dataset.from_json("sft.jsonl", cache_dir=str(tmp_path))
-    row = data.cast_column("images", datasets.List(datasets.Image()))[0]
-    assert row["messages"] == made[row["id"]]["messages"] and row["images"][0].size == (32, 32)
 
 
 def test_the_audit_finds_a_leak_between_splits(folder):

@@ -77,27 +77,6 @@ def test_scores_count_without_a_next_turn_a_strategy_or_a_diagnosis():
     assert read_tutor(json.dumps({**TUTOR, "next_turn": "half \ud83d"}))["next_turn"] == "half ?"
 
 
-FIELDS = [*TUTOR, *SCORES, *JUDGE]
-LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(FIELDS), inner, max_size=4), max_leaves=12)
-REPLIES = VALUES | st.fixed_dictionaries({name: VALUES for name in FIELDS})
-ODD = st.sampled_from(["", "{", "}", "<think>", "</think>", "\ud83d", VERDICT, "[" * 9999])
-
-
-@UNHURRIED
-@given(REPLIES, st.integers(0, 99), ODD, ODD)
-def test_readers_never_raise_and_what_they_read_is_in_range(value, length, before, after):
-    text = json.dumps(value)
-    for reply in (text, text[:length], before + text + after, before + after):
-        tutor, verdict = read_tutor(reply), read_judge(reply)
-        if tutor:
-            assert all(tutor[name] in range(1, 11) for name in SCORES)
-            json.dumps(tutor, ensure_ascii=False).encode()
-        if verdict:
-            assert verdict["harmlessness"] in range(-3, 4) and verdict["helpfulness"] in range(4)
-
-
 def test_a_tutor_that_declines_to_play_has_no_next_turn_and_its_scores_count():
     for text in ("I'm sorry, but I can’t help with creating this prompt.", "I must decline.",
                  "I cannot help with that request.", "Sorry, I can't continue.", '"I\'m very sorry',
@@ -143,11 +122,6 @@ def test_a_stray_or_repeated_tag_hides_no_text_from_the_judge(text):
         assert (thinking, answer) == ("", text.strip())
     seen = json.loads(judge.judge_request([{"user": "u", "assistant": text}], None)["text"])
     assert seen["turn"]["assistant"] == answer
-
-
-def test_repeated_trigrams():
-    texts = ("a b c " * 7, "a b c " * 8, " ".join(map(str, range(99))))     # 24 words are enough
-    assert [judge.repeated_trigrams(text) for text in texts] == [0, 1 - 3 / 22, 0]
 
 
 @pytest.mark.parametrize("piece", (

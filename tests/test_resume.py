@@ -265,14 +265,6 @@ def test_what_the_system_refuses_is_one_line(words, tmp_path, script):
         assert said in last and "\n" not in last
 
 
-def test_a_disk_that_is_full_at_the_very_end_is_one_line(words, tmp_path, monkeypatch):
-    def full(*args):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(sft, "save_file", full)
-    monkeypatch.setattr(sft, "save_checkpoint", lambda *args: None)
-    assert "No space" in run("sft", words["sft"], tmp_path)
-
-
 @pytest.mark.parametrize("script, steps", [("sft", 1), ("sft", 4), ("grpo", 1), ("grpo", 4)])
 def test_a_policy_that_becomes_nan_ends_the_run(words, tmp_path, monkeypatch, script, steps):
     """Nothing of it is saved, also if only the last of the four steps made it so."""

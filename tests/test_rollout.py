@@ -92,19 +92,6 @@ def test_hostile_turns_of_tutor_and_user_forge_nothing(student):                
     assert control_ids(HOSTILE) == control_ids("calm")
 
 
-def test_control_ids_are_never_sampled(fresh, mixed):                               # trap 6
-    student = fresh()
-    forbidden = set(student.tokenizer.added_tokens_decoder) - {student.end}
-    forbidden |= set(range(len(student.tokenizer), len(student.allowed)))   # rows without a token
-    bias = torch.tensor([50.0 * (i in forbidden) for i in range(len(student.allowed))])
-    student.base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
-    for temperature in (0, 1.0):
-        rollouts = play(student, mixed, temperature=temperature)
-        assert not {i for r in rollouts for i in said(r)} & forbidden
-    logps, _ = sft.reply_logps(student, rollouts, images_of(student, mixed))
-    assert_sampled_with(logps, rollouts)                # the loss knows the same distribution
-
-
 def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):               # trap 1
     student = fresh()
     before = [r.ids for r in play(student, [mixed[0]] * 5)]
@@ -315,18 +302,6 @@ def test_which_divergence_a_kl_loss_descends(kl_loss):
     expected, = torch.autograd.grad((old.exp() * kl).sum(), logits, retain_graph=True)
     exact, = torch.autograd.grad((p.exp() * (p - q)).sum(), logits)
     torch.testing.assert_close(expected, exact)
-
-
-def test_kl_is_0_at_step_0_and_the_reference_stays(fresh, mixed):                   # traps 17, 18
-    student = fresh()
-    rollouts, images = play(student, mixed), images_of(student, mixed)
-    before = {name: p.clone() for name, p in student.model.named_parameters()}
-    optimizer, args = sft.adamw(student, 1e-2), grpo_args("--group", "5")
-    assert grpo.update(student, rollouts, np.ones((5, 4)), images, args, optimizer)["kl"] == 0
-    assert grpo.update(student, rollouts, np.ones((5, 4)), images, args, optimizer)["kl"] > 1e-4
-    for name, p in student.model.named_parameters():
-        assert p.requires_grad == (".policy." in name)
-        assert p.requires_grad or torch.equal(p, before[name])
 
 
 SCORES = {"safety": 8, "usefulness": 6, "faithfulness": 5}

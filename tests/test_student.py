@@ -243,16 +243,6 @@ def test_a_picture_is_a_grid_and_features_of_its_own(fresh, pictures, device, tm
         torch.testing.assert_close(together[path], features, atol=1e-5, rtol=1e-4)
 
 
-def test_positions_are_the_models_own(student, mixed):                          # traps 3 and 10
-    for row in batch_of(student, mixed)[0]:
-        ids = torch.tensor([row.ids])
-        grids = torch.tensor([[1, 2 * height, 2 * width] for height, width in row.grids])
-        theirs, _ = student.base.model.get_rope_index(
-            ids, (ids == student.pad).int(), image_grid_thw=grids if row.grids else None)
-        ours, after = sft.mrope_positions(student, row.ids, row.grids)
-        assert torch.equal(torch.tensor(ours).T, theirs[:, 0]) and after == theirs.max() + 1
-
-
 @pytest.mark.parametrize("family, temperature", [("base", 1.0), ("base", 0.7), ("qwen2_vl", 1.0)])
 @torch.no_grad()
 def test_reply_logps_equal_a_naive_forward(family, temperature, mixed, request):

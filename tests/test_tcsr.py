@@ -86,16 +86,6 @@ def test_turn_reward_by_hand():
     assert rewards == pytest.approx(np.array([[1, NAN], [0.4, 0]]), nan_ok=True)
 
 
-@check
-@given(groups(), ALPHA)
-def test_running_value_equals_the_loop(batch, alpha):
-    rewards, mask = batch
-    values = tcsr.tcsr(rewards, alpha, mask)
-    for index in np.ndindex(rewards.shape[:2]):
-        dialogue = np.where(mask[index], rewards[index], NAN)
-        assert values[index] == pytest.approx(naive_running(dialogue, alpha), nan_ok=True)
-
-
 def test_alpha_goes_from_the_mean_to_the_minimum():
     rewards = [0.9, 0.8, 0.1, 0.9]
     assert tcsr.tcsr(rewards, 0) == pytest.approx([0.9, 0.85, 0.6, 0.675])
@@ -123,15 +113,6 @@ def test_an_unjudged_turn_is_skipped_and_never_counts_as_0():
     assert tcsr.credit([NAN, 0.4, 0.2], how="turn") == pytest.approx([0.3, 0.3, 0.2])
     assert tcsr.credit([NAN, 0.4, 0.2], how="sum") == pytest.approx([0.9] * 3)
     assert np.isnan(tcsr.credit([NAN, NAN])).all()
-
-
-def test_group_advantages_by_hand():
-    half, returns = 0.5 ** 0.5, [[1, 2, 3], [1, None, 3], [None, 7, None]]
-    expected = np.array([[-1, 0, 1], [-half, 0, half], [0, 0, 0]])
-    assert tcsr.group_advantages(returns) == pytest.approx(expected)
-    assert tcsr.group_advantages([[1, 2, 6]], scale=False).tolist() == [[-2, -1, 3]]    # Dr. GRPO
-    per_turn = [[[1, 4], [3, None]]]                                # one rollout reached turn 2
-    assert tcsr.group_advantages(per_turn) == pytest.approx(np.array([[[-half, 0], [half, 0]]]))
 
 
 @check
