@@ -36,6 +36,14 @@ def signals_belong_to_pytest():
         signal.signal(number, signal.SIG_DFL)
 
 
+def refused(capsys, function, *args):
+    """function(*args) must end with exit code 2. -> the lines that it prints about it"""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """

@@ -1,13 +1,12 @@
-"""tcsr.py inside TRL and verl (two snippets to copy), and our loss beside TRL's."""
-from types import SimpleNamespace
-from unittest.mock import MagicMock
+"""tcsr.py inside TRL and verl: two snippets to copy."""
+import random
 
 import numpy as np
 import pytest
 import torch
 
-import grpo
 import tcsr
+import toy
 
 TRL_SNIPPET = '''\
 import numpy as np
@@ -65,29 +64,10 @@ def test_a_verl_reward_leads_to_our_advantages():
 # ---- TRL
 
 G, TURNS = 3, 3
-WORDS = [f"w{i}" for i in range(24)]
-
-
-@pytest.fixture
-def policy():
-    """A Qwen2 of two layers with random weights, and a tokenizer of whole words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>",
-                                        pad_token="<pad>", padding_side="left")
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0))
-    return model, tokenizer
 
 
 def play(prompts, trainer, tokenizer):
-    """TRL's rollout_func. The user adds two words per turn; every third rollout has one turn."""
+    """TRL's rollout_func. The user speaks before later turns; every third rollout has one turn."""
     rows = [{"prompt_ids": tokenizer(prompt)["input_ids"], "completion_ids": [], "env_mask": [],
              "turn_id": [], "turn_rewards": []} for prompt in prompts]
     for t in range(TURNS):
@@ -96,7 +76,7 @@ def play(prompts, trainer, tokenizer):
         for i, (row, reply) in enumerate(zip(rows, replies)):
             if i % G == 2 and t > 0:
                 continue
-            user = tokenizer(f"w{t} w{i}")["input_ids"] if t > 0 else []
+            user = tokenizer("go on.")["input_ids"] if t > 0 else []
             row["completion_ids"] += user + reply
             row["env_mask"] += [0] * len(user) + [1] * len(reply)
             row["turn_id"] += [-1] * len(user) + [t] * len(reply)
@@ -119,12 +99,17 @@ def expected_loss(rows):
     return -np.mean(means)
 
 
-def test_two_steps_of_a_real_trl_trainer(policy, tmp_path):
+def test_two_steps_of_a_real_trl_trainer(tmp_path):
     from datasets import Dataset
+    from transformers import Qwen2Config, Qwen2ForCausalLM
     from trl import GRPOConfig
-    model, tokenizer = policy
     scope, played, losses = {}, [], []
     exec(TRL_SNIPPET, scope)
+    tokenizer = toy.make_tokenizer(random.Random(0))
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id))
 
     def rollout_func(prompts, trainer):
         rows = play(prompts, trainer, tokenizer)
@@ -149,7 +134,7 @@ def test_two_steps_of_a_real_trl_trainer(policy, tmp_path):
         loss_type="grpo", beta=0.0, learning_rate=1e-2, use_cpu=True, bf16=False, seed=0,
         gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False)
-    data = Dataset.from_list([{"prompt": " ".join(WORDS[i:i + 4])} for i in range(8)])
+    data = Dataset.from_list([{"prompt": f"name {word}."} for word in ("a box", "two moves")])
     before = [p.detach().clone() for p in model.parameters()]
     Watched(model=model, reward_funcs=no_reward, args=config, train_dataset=data,
             processing_class=tokenizer, rollout_func=rollout_func).train()

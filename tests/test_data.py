@@ -1,5 +1,4 @@
 """synth.py: the data format and its pictures, the splits, Stage I and Stage II."""
-import contextlib
 import importlib
 import io
 import json
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import judge
 import synth
+from conftest import refused
 
 HI = [{"type": "image"}, {"type": "text", "text": "hi"}]
 
@@ -56,14 +55,6 @@ def write(folder, *rows, name="d.jsonl"):
     return str(folder / name)
 
 
-def refused(capsys, *paths):
-    """The lines that say why files were refused, with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        synth.read_dialogues(paths)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()
-
-
 BAD = {     # how a message begins: records in which this field is bad
     "": [b"{", b"[1]", b"\xff\xfe{}", bytes(9), b"[" * 100000, b"9" * 5000,
          record(id="half a character \ud83d"), seed(image="x\0.png"), seed(image="x" * 5000)],
@@ -83,17 +74,17 @@ BAD = {     # how a message begins: records in which this field is bad
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
     for bad in BAD[field]:
         path = write(folder, record(id="appears twice"), bad, record(id="ok"))
-        lines = refused(capsys, path)
+        lines = refused(capsys, synth.read_dialogues, [path])
         assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field}"), lines
 
 
 def test_the_first_twenty_are_named_all_are_counted_and_no_pipe_is_waited_for(folder, capsys):
     path = write(folder, record(id="ok"), *[record(id=f"b{i}", kind="?") for i in range(33)])
-    lines = refused(capsys, path)
+    lines = refused(capsys, synth.read_dialogues, [path])
     assert len(lines) == 21 and f"{path}:21: kind" in lines[19] and "33" in lines[20]
     os.mkfifo(folder / "pipe")
     for path in (folder, folder / "gone.jsonl", folder / "pipe", write(folder, name="empty.jsonl")):
-        assert len(refused(capsys, path)) == 1
+        assert len(refused(capsys, synth.read_dialogues, [path])) == 1
 
 
 def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
@@ -175,9 +166,8 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
     # the first three hang together by a seed_id and a picture, and one has a fixed split
     chain = [("s1", "p1", ""), ("s1", "p2", ""), ("s3", "p2", "rl"), ("s4", "p4", "")]
     assert split(tmp_path, chain, (0, 0, 1)) == ["rl", "rl", "rl", "bench"]
-    with pytest.raises(SystemExit) as stop:
-        split(tmp_path, [("s1", "p1", "sft"), *chain], (1, 1, 1))
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("3: ")
+    line, = refused(capsys, split, tmp_path, [("s1", "p1", "sft"), *chain], (1, 1, 1))
+    assert line.startswith("3: ")
 
 
 STUB = r'''

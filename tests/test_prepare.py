@@ -1,10 +1,12 @@
 """data/prepare.py: a few records of each public set's shape, with harmless words, become seeds."""
 import csv
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
+from conftest import refused
 from data import prepare
 
 H, B = "harmful", "benign"
@@ -49,8 +51,9 @@ CASES = [
      [H, B, H] * 2, 4, ["q1", "q2", "q3"] * 2),
     ("vlsbench", {"data.json": [{"instruction_id": 0, "instruction": "q1", "category": "c",
                                  "image_path": "imgs/0.png"}]}, ["imgs/0.png"], [H], 1, ["q1"]),
-    ("beavertails_v", {"c/evaluation.jsonl": [BEAVER, BEAVER]}, ["c/x.png"], [H, H], 1,
-     ["q1", "q1"]),
+    # the same path in two folders is not the same picture
+    ("beavertails_v", {"c/evaluation.jsonl": [BEAVER, BEAVER], "d/evaluation.jsonl": [BEAVER]},
+     ["c/x.png", "d/x.png"], [H] * 3, 2, ["q1"] * 3),
     ("spa_vl", {"harm.jsonl": [{"image": "x.png", "question": "q1", "class1": "c"}]}, ["x.png"],
      [H], 1, ["q1"]),
     ("mm_safetybench", {"data/processed_questions/01.json": MMS},
@@ -62,6 +65,10 @@ CASES = [
     ("hades", {"hub.jsonl": [{"id": "1", "scenario": "c", "step": step, "instruction": "q1",
                               "image": f"{step}.png"} for step in (0, 1)]},
      ["0.png", "1.png"], [H, H], 1, ["q1", "q1"]),
+    # each of its folders counts from 1
+    ("hades", {f"{folder}/data.json": [{"id": 1, "image": "1.png", "instruction": "q1",
+                                        "category": "object"}] for folder in "AB"},
+     ["A/1.png", "B/1.png"], [H, H], 2, ["q1", "q1"]),
     ("figstep", {"data/question/safebench.csv": [FIG]},
      ["data/images/SafeBench/query_ForbidQI_1_2_6.png"], [H, H], 1,
      ["q1", "Please answer the request in the picture."]),
@@ -136,7 +143,7 @@ def test_a_set_becomes_seeds(tmp_path, name, files, pictures, kinds, seed_ids, t
 
 def test_the_safe_questions_of_vlguard_are_benign(tmp_path):
     write(tmp_path, {"gpt4_safe_safes.json": SAFES}, ["test/y.png"])
-    [seed] = run("vlguard", tmp_path / "gpt4_safe_safes.json", tmp_path / "out")
+    seed, = run("vlguard", tmp_path / "gpt4_safe_safes.json", tmp_path / "out")
     assert seed["kind"] == B
 
 
@@ -156,25 +163,13 @@ def test_what_is_skipped_is_counted(tmp_path, capsys):
     assert "skipped 3: picture not found or damaged (the first is mossbench/3)" in said
 
 
-def test_folders_with_the_same_names_do_not_collide(tmp_path):
-    row = {"id": 1, "image": "1.png", "instruction": "q1", "category": "object"}
-    files = {"A/data.json": [row], "B/data.json": [row]}
-    write(tmp_path / "in", files, ["A/1.png", "B/1.png"])
-    first, second = run("hades", tmp_path / "in", tmp_path / "out")
-    assert first["id"] != second["id"] and first["seed_id"] != second["seed_id"]
-    assert first["image"] != second["image"]
-
-
-@pytest.mark.parametrize("same, seed_ids", [(False, 2), (True, 1)])
-def test_a_seed_is_a_picture_not_its_path(tmp_path, same, seed_ids):
-    write(tmp_path / "in", {"a/train.jsonl": [BEAVER], "b/train.jsonl": [BEAVER]},
-          ["a/x.png", "b/x.png"])
-    if same:
-        (tmp_path / "in/b/x.png").write_bytes((tmp_path / "in/a/x.png").read_bytes())
-    for _ in range(2):      # the second run finds the first one's seeds.jsonl below its input
-        seeds = run("beavertails_v", tmp_path / "in", tmp_path / "in/out")
-    assert len(seeds) == 2
-    assert len({seed["seed_id"] for seed in seeds}) == seed_ids
+def test_the_same_picture_in_two_folders_is_one_seed(tmp_path):
+    """A second run finds the first one's seeds.jsonl below its input, and does not read it."""
+    write(tmp_path, {"a/train.jsonl": [BEAVER], "b/train.jsonl": [BEAVER]}, ["a/x.png"])
+    shutil.copy(tmp_path / "a/x.png", tmp_path / "b/x.png")
+    for _ in range(2):
+        first, second = run("beavertails_v", tmp_path, tmp_path / "out")
+    assert first["seed_id"] == second["seed_id"] and first["id"] != second["id"]
 
 
 @pytest.mark.parametrize("name", prepare.SETS)
@@ -183,16 +178,12 @@ def test_a_seed_is_a_picture_not_its_path(tmp_path, same, seed_ids):
 def test_another_format_is_named(tmp_path, capsys, name, content, word):
     file = tmp_path / "strange.json"
     file.write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        run(name, file, tmp_path / "out")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
-    assert name in said and str(file) in said and word in said
+    line, = refused(capsys, run, name, file, tmp_path / "out")
+    assert name in line and str(file) in line and word in line
 
 
 def test_parquet_and_empty_folders_are_named(tmp_path, capsys):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     for path in (tmp_path, tmp_path / "train.parquet", tmp_path / "none"):
-        with pytest.raises(SystemExit) as stop:
-            run("spa_vl", path, tmp_path / "out")
-        assert stop.value.code == 2 and "spa_vl: no *.jsonl in" in capsys.readouterr().err
+        line, = refused(capsys, run, "spa_vl", path, tmp_path / "out")
+        assert "spa_vl: no *.jsonl in" in line

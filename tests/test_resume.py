@@ -18,7 +18,6 @@ import time
 import bitsandbytes
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -235,16 +234,9 @@ def test_a_folder_belongs_to_one_run(words, straight, tmp_path, capsys, script, 
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("sft", "--max_tokens -1"), ("sft", "--lr nan"), ("sft", "--batch 0"), ("sft", "--held_out 1"),
-    ("sft", "--max_tokens 9"), ("sft", "--data nowhere"), ("sft", "--epochs two"),
-    ("grpo", "--clip nan"), ("grpo", "--temperature inf"), ("grpo", "--group 1"),
-    ("grpo", "--prompts 99"), ("grpo", "--max_tokens 16"), ("grpo", "--tutor_extra [1]"),
-    ("grpo", "--strategies flattery"), ("grpo", "--tutor no_such_module"),
-    ("synth", "--splits 0 0 0"), ("synth", "--perturb 2"), ("eval", "--judge os"),
-    ("eval", "--endpoint http://x/v1"), ("eval", "--batch 1e3"),
-    ("synth", "--shares 0 0 0"),
-    ("sft", f"--seed {10 ** 30}")])
-def test_nonsense_is_refused_before_the_work_begins(words, tmp_path, script, flags):
+    ("sft", "--data nowhere"), ("sft", "--max_tokens 9"), ("grpo", "--max_tokens 16"),
+    ("grpo", "--prompts 99"), ("grpo", "--tutor no_such_module"), ("eval", "--judge os")])
+def test_flags_that_do_not_fit_the_data_are_refused(words, tmp_path, script, flags):
     assert run(script, words[script], tmp_path / "out", *flags.split()) == 2
 
 
@@ -299,15 +291,3 @@ def test_what_is_not_finite_is_no_step(loss, gradient, healthy):
     _, stepped = sft.optimizer_step(torch.optim.SGD([weight], lr=1.0), loss)
     assert stepped == healthy and weight.grad is None
     assert (weight == 1).all() != healthy and weight.isfinite().all()
-
-
-def test_held_out_dialogues_have_seeds_of_their_own(student, mixed, capsys):
-    """Dialogues of one seed are alike. A dialogue without any reply is refused by its id."""
-    args = sft.parse_args("--model m --data d --out o --held_out 0.5".split())
-    dialogues = [{**d, "seed_id": "s" if d["id"] in "ace" else "t"} for d in mixed]
-    train, test = sft.render_all(student, dialogues, args)
-    assert sorted([len(train), len(test)]) == [2, 3]
-    dialogues[1] = {**dialogues[1], "messages": mixed[1]["messages"][:1]}
-    with pytest.raises(SystemExit):
-        sft.render_all(student, dialogues, args)
-    assert capsys.readouterr().err.endswith(": b\n")

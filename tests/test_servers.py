@@ -25,6 +25,7 @@ import judge
 import serve_toy
 import synth
 import toy
+from conftest import refused
 from serve_toy import completion
 
 PICTURE = io.BytesIO()
@@ -255,9 +256,7 @@ def test_an_answer_that_is_late_or_no_completion_is_missing_and_counted(
     ("http://u:secret@h/v1", "m"), ("http://h/v1?key=secret", "m"), ("ftp://h", "m"),
     ("http://h:port/v1", "m"), ("http://h/v1", None), ("no_such_module", "m"), ("json", None)))
 def test_a_bad_back_end_is_exit_code_2_and_no_secret_is_repeated(spec, model, capsys):
-    with pytest.raises(SystemExit) as stop:
-        judge.backend("tutor", spec, model)
-    assert stop.value.code == 2 and "secret" not in capsys.readouterr().err
+    assert "secret" not in str(refused(capsys, judge.backend, "tutor", spec, model))
 
 
 def test_preflight_shows_one_exchange_and_an_estimate(server, capsys):

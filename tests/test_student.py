@@ -18,18 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import sft
-from conftest import HOSTILE, batch_of, dialogue, logps_of, naive_logps, shake
+from conftest import HOSTILE, batch_of, dialogue, logps_of, naive_logps, refused, shake
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).with_name("chat_templates")
 QWEN_TEMPLATE = (TEMPLATES / "qwen2_5_vl.jinja").read_text()
-
-
-def refused(capsys, function, *args):
-    """function(*args) must end with exit code 2. -> the line that it prints"""
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def edit(path, **fields):
@@ -76,18 +68,21 @@ def test_an_early_checkpoint_loads_with_the_papers_image_budget(base, tmp_path):
 
 
 def test_what_is_no_student_is_refused_by_name(base, tmp_path, capsys):
-    assert "nowhere" in refused(capsys, sft.load_student, tmp_path / "nowhere")
+    def why(folder=tmp_path):
+        return refused(capsys, sft.load_student, folder, False)[-1]
+
+    assert "nowhere" in why(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    assert "qwen3_vl" in refused(capsys, sft.load_student, tmp_path)
+    assert "qwen3_vl" in why()
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert "<|im_end|>" in refused(capsys, sft.load_student, tmp_path, False)
+    assert "<|im_end|>" in why()
     (tmp_path / "chat_template.jinja").unlink()
-    assert "template" in refused(capsys, sft.load_student, tmp_path, False)
+    assert "template" in why()
     for name in ("model.safetensors", "tokenizer.json"):        # downloads that stopped half-way
         shutil.copytree(base, tmp_path, dirs_exist_ok=True)
         (tmp_path / name).write_bytes((base / name).read_bytes()[:500])
-        assert str(tmp_path) in refused(capsys, sft.load_student, tmp_path, False)
+        assert str(tmp_path) in why()
 
 
 def test_only_the_policy_is_trainable_whatever_was_active_before(fresh):                # trap 18
@@ -130,7 +125,7 @@ def test_what_is_no_adapter_of_sft_is_refused(fresh, adapter, tmp_path, change, 
         config.write_text(change)
     else:
         save_file(change(load_file(adapter / weights.name)), weights)
-    said = refused(capsys, sft.load_adapter, fresh(reference=False), tmp_path, "reference")
+    said = refused(capsys, sft.load_adapter, fresh(reference=False), tmp_path, "reference")[-1]
     assert not isinstance(change, dict) or list(change)[0] in said
 
 
@@ -321,3 +316,13 @@ def test_order_and_learning_rate_are_functions_of_the_step():
     assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(11))
     rates = [sft.learning_rate(step, 100, args) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 1 and rates[0] == 0.1 and 0 < rates[-1] < 1e-3
+
+
+def test_held_out_dialogues_have_seeds_of_their_own(student, mixed, capsys):
+    """Dialogues of one seed are alike. A dialogue without any reply is refused by its id."""
+    args = sft.parse_args("--model m --data d --out o --held_out 0.5".split())
+    dialogues = [{**d, "seed_id": "s" if d["id"] in "ace" else "t"} for d in mixed]
+    train, test = sft.render_all(student, dialogues, args)
+    assert sorted([len(train), len(test)]) == [2, 3]
+    dialogues[1] = {**dialogues[1], "messages": mixed[1]["messages"][:1]}
+    assert refused(capsys, sft.render_all, student, dialogues, args)[-1].endswith(": b")
