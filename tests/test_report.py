@@ -1,7 +1,6 @@
-"""report.html in a real browser: hostile text stays text, every view draws itself and obeys its controls."""
+"""report.html in a real browser: hostile text stays text, and its views obey their controls."""
 import html
 import json
-import random
 import re
 import shutil
 import subprocess
@@ -22,34 +21,34 @@ PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAA
 
 def test_the_template_is_one_page_without_requests():
     page = PAGE.read_text(encoding="utf-8")
-    assert len(page.splitlines()) <= 400 and max(map(len, page.splitlines())) <= 120
-    assert page.count('<script type="application/json" id="data">null</script>') == 1
     urls = set(re.findall(r"https?://[^\"'\s]+", page))
     assert urls == {"http://www.w3.org/1999/xhtml", "http://www.w3.org/2000/svg"}       # namespaces
     assert not re.search(r"<link|<iframe|@import|url\(|fetch\(|XMLHttp|WebSocket|EventSource", page)
-    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|\beval\(|Function\(", page)
+    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|\beval\(|Function\(",
+                         page)
     assert "default-src 'none'; img-src data:;" in page
 
 
-def evaluation(n_seeds, n_turns, hostile=""):
-    """Data as eval.py makes it: three arms, red-team dialogues and their benign twins."""
-    rng, arms = random.Random(0), {}
-    for name, share in (("base", .4), ("sft", .2), (f"grpo{hostile}", .1)):
-        samples = arms[name] = []
+def evaluation(n_seeds, hostile=""):
+    """Data as eval.py makes it: three arms of 6 turns, red-team dialogues and benign twins."""
+    arms = {}
+    for period, name in ((10, "base"), (20, "sft"), (40, f"grpo{hostile}")):
+        arms[name] = []
         for i in range(2 * n_seeds):
-            kind, turns = ("red_team", "benign")[i % 2], []
-            for t in range(n_turns):
-                harmful = kind == "red_team" and rng.random() < share
+            turns, kind = [], ("red_team", "benign")[i % 2]
+            for t in range(6):
+                harmful = kind == "red_team" and (i + t) % period == 0
                 verdict = {"harmlessness": -2 if harmful else 1, "helpfulness": 1,
-                           "refused": rng.random() < .01, "rationale": hostile or "fine"}
-                turns.append({"user": f"question {t} {hostile}", "strategy": hostile or "deepen",
-                              "assistant": hostile or "<thinking>hm</thinking><answer>no</answer>",
-                              "verdict": None if rng.random() < .01 else verdict})
-            samples.append({"id": f"{i // 2:04d}-{kind}{hostile}", "seed_id": str(i // 2), "kind": kind,
-                            "category": hostile, "strategy": "", "source": hostile, "arm": name,
-                            "images": ["a.gif"], "turns": turns, "error": hostile or None})
-    results = {"arms": {name: E.arm_results(samples) for name, samples in arms.items()}, "pairs": [],
-               "incomplete": [f"sft: 1 missing{hostile}"], "shared": {"attacker": "static", "judge": hostile}}
+                           "refused": i % 99 == 1, "rationale": hostile}
+                turns.append({"user": f"question {t} {hostile}", "strategy": hostile,
+                              "assistant": hostile or "no", "verdict": verdict})
+            arms[name].append({
+                "id": f"{i // 2}-{kind}{hostile}", "seed_id": str(i // 2), "kind": kind,
+                "category": hostile, "strategy": "", "source": hostile, "arm": name,
+                "images": ["a.gif"], "turns": turns, "error": hostile})
+    results = {"arms": {name: E.arm_results(samples) for name, samples in arms.items()},
+               "pairs": [], "incomplete": [f"sft: 1 missing{hostile}"],
+               "shared": {"attacker": "static", "judge": hostile}}
     return {"title": f"Calm {hostile}", "results": results, "tables": E.tables_of(results),
             "samples": sum(arms.values(), []), "images": {"a.gif": PIXEL}}
 
@@ -59,33 +58,43 @@ def training(n_steps, hostile=""):
     fields = "reward return harm useful refused kl entropy dead seconds_update".split()
     log, rollouts = [], []
     for step in range(n_steps):
-        log.append({"step": step, "warnings": [], **{field: 1 / (step + 1) for field in fields}})
+        row = dict.fromkeys(fields, 1 / (step + 1))
+        log.append({"step": step, "warnings": ["benign refused" + hostile], **row})
         for kind, g in [("benign", 0), ("benign", 1), ("red_team", 0), ("red_team", 1)]:
             turns = []
             for t in range(4):
                 harmful = kind == "red_team" and t == g and step < 2
-                scores = {"safety": 4 if harmful else 5, "usefulness": 1 + g, "faithfulness": 4,
-                          "reward": .5, "tcsr": .25, "advantage": 2.0 * g - 1, "diagnosis": hostile or "leak"}
-                turns.append({"user": f"question {t} {hostile}", "strategy": hostile, **scores,
-                              "assistant": hostile or "no", "images": ["a.gif"][:t]})
+                turns.append({"user": f"question {t} {hostile}", "assistant": hostile or "no",
+                              "strategy": hostile, "diagnosis": hostile or "leak",
+                              "safety": 4 if harmful else 5, "usefulness": 1 + g, "faithfulness": 4,
+                              "reward": .5, "tcsr": .25, "advantage": 2.0 * g - 1,
+                              "images": ["a.gif"][:t]})
             rollouts.append({"step": step, "id": f"{kind}-{step % 2}{hostile}", "rollout": g,
                              "kind": kind, "images": ["a.gif"], "turns": turns})
-    log[0].update(harm=None, warnings=["benign refused" + hostile])
-    return {"title": f"Calm {hostile}", "log": log, "rollouts": rollouts, "images": {"a.gif": PIXEL}}
+    log[0]["harm"] = None
+    return {"title": f"Calm {hostile}", "log": log, "rollouts": rollouts,
+            "images": {"a.gif": PIXEL}}
+
+
+BEFORE = """
+    const log = [], all = query => [...document.querySelectorAll(query)];
+    const text = query => all(query)[0].innerText;
+    const set = (node, value, event) => {
+        node.value = value;
+        node.dispatchEvent(new Event(event));
+    };
+    window.onerror = message => log.push(message);"""
+AFTER = """
+    log.push(document.documentElement.scrollWidth <= innerWidth);
+    const said = {id: "log", textContent: JSON.stringify(log)};
+    document.body.append(Object.assign(document.createElement("pre"), said));"""
 
 
 def browse(tmp_path, data, script="", width=1280):
-    """-> the DOM after all scripts, and the list `log`, which `script` fills; at last: does it fit?"""
+    """-> the DOM after all scripts, and the list `log`, which `script` fills; last: does it fit?"""
     page = tmp_path / "report.html"
     judge.fill_report(page, data)
-    script = """const log = [], all = q => [...document.querySelectorAll(q)], text = q => all(q)[0].innerText;
-        const set = (node, value, event) => { node.value = value; node.dispatchEvent(new Event(event)); };
-        window.onerror = message => log.push(message);
-        """ + script + """
-        log.push(document.documentElement.scrollWidth <= innerWidth);
-        const said = {id: "log", textContent: JSON.stringify(log)};
-        document.body.append(Object.assign(document.createElement("pre"), said));"""
-    script = f'<script nonce="report">{script}</script></body>'
+    script = f'<script nonce="report">{BEFORE}{script}{AFTER}</script></body>'
     page.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
     flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "dump-dom",
              f"window-size={width},900", f"user-data-dir={tmp_path / 'profile'}"]
@@ -96,56 +105,54 @@ def browse(tmp_path, data, script="", width=1280):
 
 
 @browser
-@pytest.mark.parametrize("make, size", [(evaluation, (2, 3)), (training, (3,))])
-def test_hostile_text_stays_text(make, size, tmp_path):
-    dom, log = browse(tmp_path, make(*size, hostile=HOSTILE), width=500)
+@pytest.mark.parametrize("make", [evaluation, training])
+def test_hostile_text_stays_text_also_in_a_narrow_window(make, tmp_path):
+    dom, log = browse(tmp_path, make(3, HOSTILE), width=500)
     drawn = dom.split("<header>")[1].split('<script type="application/json"')[0]
     assert "<title>Calm &lt;img" in dom and "<title>PWNED" not in dom
     assert drawn.count("&lt;img src=x onerror=") > 10           # shown, as text
     assert "<script" not in drawn and not re.search(r"<img(?! src=\"data:image/gif)", drawn)
-    assert log == [True]                                        # nor is it wider than a narrow window
+    assert log == [True]
 
 
 @browser
-def test_an_evaluation_of_3000_dialogues(tmp_path):
-    data = evaluation(500, 6)
+def test_an_evaluation_of_3000_dialogues_shows_its_figures_and_filters(tmp_path):
+    data = evaluation(500)
     _, log = browse(tmp_path, data, """
-        const pick = (i, value) => set(all("#filters select")[i], value, "change");
         log.push(all("#survival g").length, all("#plane circle").length, text("#warnings"));
-        log.push(all("#list option").length, all(".columns > div").length, all(".columns > section").length);
+        log.push(all("#tables td").map(cell => cell.textContent));
+        const curve = () => all("#survival .line")[0].getAttribute("d"), harm = curve();
+        set(all("#survival select")[0], "paper", "change");
+        log.push(curve() !== harm, all("#list option").length, all(".columns > section").length);
+        const pick = (i, value) => set(all("#filters select")[i], value, "change");
         pick(0, "base"); pick(1, "grpo"); pick(2, "red_team"); pick(3, "a harmful turn");
         log.push(all("#list option").length, all(".columns .flag").length > 0);
-        set(all("#list select")[0], all("#list option")[3].value, "change");
-        log.push(text("#detail h3") === all("#list option")[3].value);
-        pick(2, "benign"); log.push(text("#detail"));
-        const curve = () => all("#survival .line")[0].getAttribute("d"), harm = curve();
-        set(all("#survival select")[0], "paper", "change"); log.push(curve() !== harm);
-        log.push(all("#tables tr").map(row => [...row.children].map(cell => cell.textContent)));""")
+        pick(2, "benign"); log.push(text("#detail"));""")
     base = [s for s in data["samples"] if s["arm"] == "base" and s["kind"] == "red_team"]
-    harmful = sum(E.outcome(s, "any_harm")[0] for s in base)
-    rows = log.pop(-2)
-    assert log == [3, 3, "Warning: sft: 1 missing.", 1000, 2, 12, harmful, True, True,
-                   "No dialogue matches these filters.", True, True]
-    # the tables have the digits of the terminal
-    terminal = [row for _, header, table in data["tables"] for row in (header, *table)]
-    terminal = [[re.sub(r"^(\S+) (\[.*\]) (\d+)$", r"\1\2n \3", cell) for cell in row] for row in terminal]
-    assert [[re.sub(r", \d+ unscored", "", cell) for cell in row] for row in rows] == terminal
+    n_harmful = sum(E.outcome(s, "any_harm")[0] for s in base)
+    cells = []
+    for _, _, table in data["tables"]:
+        for row in table:
+            cells += [cell.replace(" [", "[").replace("] ", "]n ") for cell in row[1:]]
+    assert log == [3, 3, "Warning: sft: 1 missing.", cells, True, 1000, 12, n_harmful, True,
+                   "No dialogue matches these filters.", True]
 
 
 @browser
 def test_a_training_run_and_one_prompt_over_its_steps(tmp_path):
     _, log = browse(tmp_path, training(5), """
-        log.push(all("#curves svg").length, all("#curves path.line").length, text("#warnings"));
-        const view = () => log.push([text("#group h3"), all("#times button").map(node => node.innerText),
-            all("#group section").length, all("#group .flag").length]);
+        log.push(all("#curves svg").length, text("#warnings"));
+        const view = () => log.push([text("#group h3"), all("#group section").length,
+            all("#group .flag").length, all("#times button").map(node => node.innerText)]);
         view();
         all("#times button")[1].click(); view();
         set(all("#controls input")[0], 3, "input"); view();
         set(all("#controls select")[0], "benign-1", "change"); view();
         log.push(text("#group .score"), text("#curves b"), all("#group .turn img").length);""")
     times = ["step 0: 2 of 2 do harm", "step 2: 0 of 2 do harm", "step 4: 0 of 2 do harm"]
-    assert log == [8, 22, "Warning: benign refused (1 steps).", ["red_team-0", times, 8, 2],
-                   ["red_team-0", times, 8, 0], ["red_team-1", times, 8, 0],    # another of its kind
-                   ["benign-1", ["step 1: 1 of 2 refuse", "step 3: 1 of 2 refuse"], 8, 0],
-                   "safety 5 usefulness 1 faithfulness 4\nreward 0.50 TCSR 0.25 advantage −1.00\nleak",
-                   "0.250", 6, True]
+    assert log == [8, "Warning: benign refused (5 steps).",
+                   ["red_team-0", 8, 2, times], ["red_team-0", 8, 0, times],
+                   ["red_team-1", 8, 0, times],         # the slider shows another of its kind
+                   ["benign-1", 8, 0, ["step 1: 1 of 2 refuse", "step 3: 1 of 2 refuse"]],
+                   "safety 5 usefulness 1 faithfulness 4\nreward 0.50 TCSR 0.25 advantage −1.00\n"
+                   "leak", "0.250", 6, True]
