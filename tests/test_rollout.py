@@ -106,9 +106,11 @@ def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeyp
     """A dialogue is the same alone, and beside others that are longer, are cut or end early."""
     student, dense = actor
     cut = dialogue("cut", "hello", [None, "name two moves. " * 300], images=mixed[0]["images"])
-    dialogues = [*mixed, cut, dialogue("short", "one turn")]
+    early = dialogue("early", "name two moves. " * 90)
+    late = dialogue("late", "hello", "name two moves. " * 90)       # has room, also beside early
+    dialogues = [*mixed, cut, early, late]
     first = play(student, dialogues, lm=dense, temperature=temperature)
-    assert first[5].cut and [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1]
+    assert first[5].cut and [len(r.turns) for r in first] == [2, 4, 2, 3, 2, 1, 1, 2]
     assert not first[5].images and not first[5].grids and student.pad not in first[5].ids
 
     def same_as_before(*order):
@@ -118,20 +120,14 @@ def test_a_row_does_not_depend_on_its_company(actor, mixed, temperature, monkeyp
             assert r.logps == pytest.approx(first[i].logps, abs=1e-4)
 
     same_as_before(6, 3, 5, 1)
-    for i in range(7):
+    for i in range(8):
         same_as_before(i)
 
     # a decode step that is recorded on a GPU reads more columns than are in use
     place = grpo.KVCache.place
     monkeypatch.setattr(grpo.KVCache, "place", lambda cache, columns, width: place(
         cache, columns, cache.keys[0].shape[2]))
-    same_as_before(*range(7))
-
-
-def test_a_long_dialogue_beside_a_long_turn(student):                               # trap 14
-    long = "name two moves. " * 90
-    a, b = play(student, [dialogue("a", "hello", long), dialogue("b", long, "ok")])
-    assert len(a.turns) == len(b.turns) == 2            # each of them fits into its row
+    same_as_before(*range(8))
 
 
 def test_the_sampler_draws_from_the_softmax_with_keyed_noise():
@@ -175,8 +171,6 @@ def test_merge_adapter_adds_up_no_rounding(actor):                              
     once = [p.clone() for p in dense.parameters()]
     grpo.merge_adapter(student, dense)
     assert all(torch.equal(a, b) for a, b in zip(once, dense.parameters()))
-    layer, x = student.base.model.language_model.layers[1].mlp.down_proj, torch.randn(5, 256)
-    torch.testing.assert_close(dense.layers[1].mlp.down_proj(x), layer(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_first_turn_that_does_not_fit_leaves_the_others_to_be_trained(student, mixed):  # trap 14
@@ -267,21 +261,12 @@ def test_update_against_a_naive_loop(played, like, temperature):                
     assert (whole - without).norm() < 1e-5 * without.norm()
 
 
-def test_policy_loss_by_hand():                                                     # trap 32
-    logps = torch.full((4,), -1.0, requires_grad=True)
-    old, adv = torch.tensor([[-1.5, -1.5, -0.5, -0.5], [1, -1, 1, -1]])     # ratios e^.5, e^-.5
-    policy, kl, k3, clipped = grpo.policy_loss(logps, old, logps.detach(), adv, 0.2, "corrected")
-    policy.sum().backward()
-    assert policy.tolist() == pytest.approx([-1.2, np.exp(0.5), -np.exp(-0.5), 0.8])
-    assert logps.grad.tolist() == pytest.approx([0, np.exp(0.5), -np.exp(-0.5), 0])
-    assert clipped.tolist() == [1, 1, 1, 1] and not kl.any() and not k3.any()
-
-    # k3 is exact near 0, where exp(d) - d - 1 is all rounding
+def test_k3_is_exact_near_0_and_finite_far_from_it():                               # trap 32
+    """Near 0 exp(d) - d - 1 would be all rounding. Far away it would be infinite."""
     d, nothing = torch.tensor([1e-4]), torch.zeros(1)
     _, _, k3, _ = grpo.policy_loss(-d, -d, nothing, nothing, 0.2, "k3")
     assert k3.item() == pytest.approx(1e-4 ** 2 / 2 + 1e-4 ** 3 / 6, rel=2e-3)
 
-    # huge log-ratios give finite losses and gradients
     for far in (-120.0, 120.0):
         logps = torch.tensor([far], requires_grad=True)
         losses = grpo.policy_loss(logps, nothing, nothing, nothing + 1, 0.2, "corrected")
@@ -362,8 +347,8 @@ def test_like_sets_the_published_algorithms_and_flags_override_it():
 @pytest.mark.parametrize("like, text, expected", [
     ("ours", REPLY, REWARD), ("ours", "b", 0), ("paper", REPLY, REWARD), ("paper", "b", 0),
     ("released", REPLY, 1.66), ("released", "b", 0.66),         # 1 for the format
-    ("released", "la " * 102, 0.66 - 0.2 * 0.99),               # repeated 3-grams, from 24 tokens
-    ("released", "la " * 23, 0.66)])                            # not in shorter replies
+    ("released", "la " * 24, 0.66 - 0.2 * 21 / 22),             # 21 of 22 trigrams are repeated
+    ("released", "la " * 23, 0.66)])                            # too short to count them
 def test_like_sets_the_reward(like, text, expected):
     args = grpo_args("--like", like)
     assert grpo.turn_reward({"assistant": text}, SCORES, args) == pytest.approx(expected)

@@ -217,12 +217,6 @@ def test_a_server_that_takes_no_schema_is_soon_asked_without_one(server, status)
     assert len(server.bodies) < 12 and "response_format" in server.bodies[0]
 
 
-def test_rare_errors_do_not_turn_schemas_off(server):
-    server.behave = lambda n, body: n % 5 == 2 and error(500, "hiccup")
-    client(server, concurrency=1)(requests_of(20))
-    assert sum("response_format" in body for body in server.bodies) >= 20
-
-
 def no_pictures(n, body):
     if isinstance(body["messages"][1]["content"], list):
         return error(400, f"at most 0 images in request {n}")

@@ -76,10 +76,6 @@ def test_turn_reward_by_hand():
     assert tcsr.turn_reward(10, 10, 10) == pytest.approx(1) and tcsr.turn_reward(1, 1, 1) == 0
     assert tcsr.turn_reward(10, 1, 1) == pytest.approx(0.6)         # our weights are .6 .3 .1
     assert tcsr.turn_reward(10, 10, 10, format_ok=False) == 0       # our gate multiplies
-    released = dict(weights=(.4, .4, .2), scale="tenth", format_bonus=1.0, repetition_weight=0.2)
-    assert tcsr.turn_reward(8, 8, 9, **released) == pytest.approx(1.82)
-    assert tcsr.turn_reward(5, 5, 5, **released, format_ok=False) == pytest.approx(0.5)
-    assert tcsr.turn_reward(5, 5, 5, **released, repetition=0.4) == pytest.approx(1.42)
     assert tcsr.turn_reward(1, 1, 1, repetition=1.0, repetition_weight=0.5) == 0
     # arrays broadcast, and a failed judgement stays one
     rewards = tcsr.turn_reward([[10, NAN], [1, 4]], 10, 10, format_ok=[True, False])
