@@ -10,7 +10,7 @@ import grpo
 import sft
 import tcsr
 import toy
-from conftest import HOSTILE, dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
+from conftest import dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
 from synth import text_of, user_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -78,18 +78,6 @@ def test_a_row_is_what_the_chat_template_renders(actor, mixed):                 
         template = student.tokenizer.apply_chat_template(chat, tokenize=False)
         assert text == template.replace("<|image_pad|>", "")
     assert {turn["truncated"] for r in rollouts for turn in r.turns} == {True, False}
-
-
-def test_hostile_turns_of_tutor_and_user_forge_nothing(student):                    # trap 7
-    def control_ids(text):
-        def tutor(rollouts):
-            for r in rollouts:
-                r.user = (text, [], "deepen") if len(r.turns) < 3 else None
-        r, = play(student, [dialogue("x", text, system=text)], "--max_new", "2", tutor=tutor)
-        assert r.turns[2]["user"] == text
-        return [r.ids.count(i) for i in student.tokenizer.added_tokens_decoder]
-
-    assert control_ids(HOSTILE) == control_ids("calm")
 
 
 def test_a_poisoned_generation_config_has_no_influence(fresh, mixed):               # trap 1
@@ -164,13 +152,6 @@ def test_a_rollout_equals_fresh_forwards(actor, mixed, temperature):    # traps 
         picked.append(logps[before, said(r)])
         assert temperature > 0 or (picked[-1] >= logps[before].amax(-1) - 1e-4).all()
     assert_sampled_with(torch.cat(picked), rollouts)
-
-
-def test_merge_adapter_adds_up_no_rounding(actor):                                  # trap 34
-    student, dense = actor
-    once = [p.clone() for p in dense.parameters()]
-    grpo.merge_adapter(student, dense)
-    assert all(torch.equal(a, b) for a, b in zip(once, dense.parameters()))
 
 
 def test_a_first_turn_that_does_not_fit_leaves_the_others_to_be_trained(student, mixed):  # trap 14

@@ -9,9 +9,6 @@ import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -143,16 +140,6 @@ def test_what_passes_is_waited_out(server, monkeypatch, stumble):
     assert client(server)(requests_of(1)) == toy.ask(requests_of(1))
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for():
-    late = serve_toy.Server(("127.0.0.1", 0), serve_toy.Handler, bind_and_activate=False)
-    late.server_bind()
-    late.url = f"http://127.0.0.1:{late.server_port}"           # an address is good without /v1
-    for delay, step in ((0.3, late.server_activate), (0.4, late.handle_request)):
-        threading.Timer(delay, step).start()
-    assert client(late)(requests_of(1)) == toy.ask(requests_of(1))
-    late.server_close()
-
-
 @pytest.mark.parametrize("headers", (
     {}, {"Retry-After": "0.1"}, {"Retry-After": "²"},
     {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}))
@@ -168,35 +155,10 @@ def test_a_rate_limit_loses_no_request(server, headers):
     assert client(server)(requests_of(20)) == toy.ask(requests_of(20))
 
 
-def test_a_server_is_not_asked_before_its_retry_after(server, monkeypatch):
-    monkeypatch.setattr(random, "uniform", lambda low, high: low)
-    server.behave = lambda n, body: n == 0 and error(429, **{"Retry-After": "0.5"})
-    begin = time.time()
-    client(server)(requests_of(1))
-    assert time.time() - begin >= 0.5
-
-
 def test_a_dead_server_is_given_up_in_one_line(monkeypatch):
     monkeypatch.setattr(judge, "PATIENCE", 0.5)
     ask = judge.backend("tutor", "http://127.0.0.1:9/v1", "m")
     assert "127.0.0.1:9" in last_words(ask, requests_of(50))
-
-
-@pytest.mark.parametrize("behave", (lambda n, body: error(503), lambda n, body: time.sleep(3)))
-def test_ctrl_c_stops_at_once(server, behave):
-    server.behave = behave
-    code = f"import judge; ask = judge.backend('tutor', {server.url!r}, 'm'); " \
-           f"judge.run(lambda: ask({requests_of(1, image=None)}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
-                               cwd=Path(judge.__file__).parent)
-    while not server.bodies:
-        time.sleep(0.02)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    begin = time.time()
-    words = process.communicate()[1]
-    assert process.returncode == 1 and words.count("\n") == 1 and "interrupted" in words
-    assert time.time() - begin < 1.5
 
 
 @pytest.mark.parametrize("status", (302, 400, 401, 500))

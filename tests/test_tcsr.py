@@ -151,16 +151,12 @@ def test_a_rollout_without_rewards_leaves_the_others_alone(batch, how):
 
 
 def test_info_counts_what_is_missing():
-    rewards = np.array([[[0.9, 0.8], [0.1, NAN], [NAN, NAN], [0.5, 0.6]],
-                        [[0.5, 0.5], [0.5, 0.5], [0.5, NAN], [0.5, 0.0]]])
-    mask = np.ones((2, 4, 2), bool)
-    mask[1, 3, 1] = False                           # this dialogue has one turn
-    adv, info = tcsr.advantages(rewards, mask)
+    rewards = [[[0.9, 0.8], [0.1, NAN], [NAN, NAN]], [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]]
+    adv, info = tcsr.advantages(rewards)
     assert adv[0, 1, 0] < 0 and adv[0, 1, 1] == 0   # half is not too much; the unjudged turn gets 0
-    assert not adv[0, 2].any() and not adv[1].any()
     assert info["returns"][0, [0, 2], 0] == pytest.approx([0.835, NAN], nan_ok=True)
-    assert info["dead"].tolist() == [False, True] and info["dead_groups"] == 0.5
-    assert (info["missing_turns"], info["dropped_rollouts"]) == (4 / 15, 1 / 8)
+    assert info["dead_groups"] == 0.5
+    assert (info["missing_turns"], info["dropped_rollouts"]) == (3 / 12, 1 / 6)
 
 
 def test_what_cannot_be_meant_is_an_error():
