@@ -17,6 +17,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -232,6 +233,14 @@ def test_what_the_system_refuses_is_one_line(words, tmp_path, script):
         finally:
             resource.setrlimit(limit, before)
         assert said in last and "\n" not in last
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_one_line(words, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(sft, "save_file", full)
+    monkeypatch.setattr(sft, "save_checkpoint", lambda *args: None)
+    assert "No space" in run("sft", words["sft"], tmp_path)
 
 
 @pytest.mark.parametrize("script, steps", [("sft", 1), ("sft", 4), ("grpo", 1), ("grpo", 4)])
