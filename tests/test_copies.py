@@ -1,10 +1,13 @@
-"""tcsr.py inside TRL and verl: two snippets to copy."""
+"""tcsr.py inside TRL and verl (two snippets to copy), and our loss beside TRL's."""
 import random
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
+import grpo
 import tcsr
 import toy
 
@@ -142,3 +145,25 @@ def test_two_steps_of_a_real_trl_trainer(tmp_path):
     assert len(played) == 2 and min(map(abs, losses)) > 1e-4
     assert losses == pytest.approx([expected_loss(rows) for rows in played], abs=1e-5)
     assert any((a != b).any() for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("kl_loss", ["corrected", "k3"])
+def test_loss_and_gradient_equal_trls(kl_loss):
+    trl = pytest.importorskip("trl", minversion="1.16")
+    torch.manual_seed(1)
+    old, ref, adv, change = torch.randn(4, 3, 5)
+    logps, mask = (old + 0.3 * change).requires_grad_(), (torch.rand(3, 5) < 0.7).float()
+    trainer = MagicMock(beta=0.3, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo",
+                        top_entropy_quantile=1.0, importance_sampling_level="token",
+                        off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
+                        _entropy_bonus_enabled=False, **{"model.training": False})
+    trainer.args = SimpleNamespace(use_bias_correction_kl=kl_loss == "corrected", delta=None)
+    trainer.accelerator.gather.return_value = mask      # for metrics only
+    trainer._get_per_token_logps_and_entropies.return_value = logps, 0 * mask, None
+    theirs = trl.GRPOTrainer._compute_loss(trainer, None, {
+        "prompt_ids": mask, "prompt_mask": mask, "completion_ids": mask, "completion_mask": mask,
+        "advantages": adv, "old_per_token_logps": old, "ref_per_token_logps": ref})
+    policy, kl, _, _ = grpo.policy_loss(logps, old, ref, adv, 0.2, kl_loss)
+    ours = ((policy + 0.3 * kl) * mask).sum() / mask.sum()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs)))

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -277,3 +278,25 @@ def test_what_is_not_finite_is_no_step(loss, gradient, healthy):
     _, stepped = sft.optimizer_step(torch.optim.SGD([weight], lr=1.0), loss)
     assert stepped == healthy and weight.grad is None
     assert (weight == 1).all() != healthy and weight.isfinite().all()
+
+
+def test_a_resumed_optimizer_does_not_take_ordinary_memory_for_pages(tmp_path, monkeypatch):
+    """
+    On a GPU its state is paged: CPU memory with a mark, which torch.save keeps. bitsandbytes would
+    prefetch whatever has the mark, and the driver would end the process. "meta" stands for a GPU.
+    """
+    def paged(p, dtype):
+        state = torch.zeros(p.shape, dtype=dtype)
+        state.is_paged, state.page_deviceid = True, 0
+        return state
+    cpu, gpu = [torch.nn.Parameter(torch.zeros(64, 128, device=d)) for d in ("cpu", "meta")]
+    saved, resumed = [bitsandbytes.optim.PagedAdamW8bit([weight]) for weight in (cpu, gpu)]
+    saved.get_state_buffer = paged
+    saved.init_state(saved.param_groups[0], cpu, 0, 0)
+    (tmp_path / "step_000002").mkdir()
+    torch.save(saved.state_dict(), tmp_path / "step_000002/optimizer.pt")
+    (tmp_path / "step_000002/run.json").write_text('{"step": 2}')
+    monkeypatch.setattr(sft, "load_weights", lambda *args: None)
+    assert sft.load_checkpoint(tmp_path, argparse.Namespace(base=gpu), resumed) == 2
+    state = resumed.state[gpu]["state1"]
+    assert state.is_meta and not getattr(state, "is_paged", False)

@@ -9,6 +9,9 @@ import itertools
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -285,3 +288,26 @@ def test_calibration_of_a_judge(monkeypatch, capsys):
     values = {" ".join(row[:2]): row[2] for row in rows if len(row) > 5}
     assert values["harmful sensitivity"] == values["refused specificity"] == "1.000"
     assert values["harmful specificity"] == values["harmful kappa"] == "0.000"
+
+
+@pytest.mark.parametrize("behave", (lambda n, body: error(503), lambda n, body: time.sleep(3)))
+def test_ctrl_c_stops_at_once(server, behave):
+    server.behave = behave
+    code = f"import judge; ask = judge.backend('tutor', {server.url!r}, 'm'); " \
+           f"judge.run(lambda: ask({requests_of(1, image=None)}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                               cwd=Path(judge.__file__).parent)
+    while not server.bodies:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    begin = time.time()
+    words = process.communicate()[1]
+    assert process.returncode == 1 and words.count("\n") == 1 and "interrupted" in words
+    assert time.time() - begin < 1.5
+
+
+def test_rare_errors_do_not_turn_schemas_off(server):
+    server.behave = lambda n, body: n % 5 == 2 and error(500, "hiccup")
+    client(server, concurrency=1)(requests_of(20))
+    assert sum("response_format" in body for body in server.bodies) >= 20
