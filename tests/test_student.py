@@ -72,8 +72,8 @@ def test_what_is_no_student_is_refused_by_name(base, tmp_path, capsys):
         return refused(capsys, sft.load_student, folder, False)[-1]
 
     assert "nowhere" in why(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    assert "qwen3_vl" in why()
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    assert "llava" in why()
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert "<|im_end|>" in why()
