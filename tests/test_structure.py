@@ -52,7 +52,7 @@ def test_nonsense_is_refused_by_the_flags_name_before_any_work(name, wrong, caps
     assert wrong.split()[0] in refused(capsys, main, [*FLAGS[name].split(), *wrong.split()])[-1]
 
 
-@pytest.mark.parametrize("source", ["make -n toy", "cat README.md"])
+@pytest.mark.parametrize("source", ["make -n toy", "cat README.md", "cat EXERCISES.md"])
 def test_commands_parse(source):
     text = subprocess.run(source.split(), cwd=ROOT, capture_output=True, text=True).stdout
     text = text.replace("\\\n", " ")
