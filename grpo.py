@@ -717,6 +717,8 @@ def main(argv=None):
     if steps_per_epoch == 0:
         judge.bad_input(f"{len(dialogues)} dialogues are fewer than --prompts {args.prompts}")
     steps = max(1, round(args.epochs * steps_per_epoch))
+    if all(dialogue["kind"] != "benign" for dialogue in dialogues):
+        print("! no benign dialogues: the policy will learn to refuse everything")
     tutor_preflight(ask, dialogues, steps, args)
     if args.dry_run:
         return

@@ -254,6 +254,17 @@ def test_a_dry_run_asks_every_server_and_loads_and_writes_nothing(
     assert sorted(server.keys) == sorted(3 * roles.split()) and not Path(tmp_path, "out").exists()
 
 
+def test_data_without_benign_dialogues_are_noticed(world, tmp_path, capsys):
+    words = f"--model x --tutor toy --prompts 1 --dry_run --out {tmp_path}/out --data".split()
+    grpo.main([*words, f"{world}/rl.jsonl"])
+    assert "no benign" not in capsys.readouterr().out
+    lines = Path(world, "rl.jsonl").read_text().splitlines(keepends=True)
+    harmful = [line for line in lines if '"kind": "benign"' not in line]
+    Path(world, "harmful.jsonl").write_text("".join(harmful))
+    grpo.main([*words, f"{world}/harmful.jsonl"])
+    assert "no benign" in capsys.readouterr().out
+
+
 def test_synth_with_a_server_makes_what_it_makes_in_this_process_and_says_what_it_used(
         server, world, tmp_path, capsys):
     synth.main(["--seeds", f"{world.parent}/seeds/seeds.jsonl", "--generator", server.url,
