@@ -412,12 +412,11 @@ def words_read(student, scenes, pixels):
     """The share of pictures whose features are nearest to the right words of all 49,000."""
     import torch
     embedding = student.model.get_input_embeddings().weight
-    right = 0
     with torch.no_grad():
-        for scene, feature in zip(scenes, toy.picture_features(student, pixels)):
-            nearest = torch.cdist(feature, embedding).argmin(1)                 # (4,)
-            right += nearest.tolist() == words_for(student, scene)
-    return right / len(scenes)
+        features = toy.picture_features(student, pixels).flatten(0, 1)          # (4 n, H)
+        nearest = torch.cdist(features, embedding).argmin(1).view(-1, 4)        # (n, 4)
+    ids = torch.tensor([words_for(student, scene) for scene in scenes])         # (n, 4)
+    return (nearest == ids).all(1).float().mean().item()
 
 
 def make_world(args):
@@ -429,8 +428,7 @@ def make_world(args):
     llama, tokenizer = load_language_model()
     model, processor = put_into_shell(llama, tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    # a folder with its final name is complete
-    folder = Path(args.out, "base.tmp")
+    folder = Path(args.out, "base.tmp")     # renamed when it is complete
     tokenizer.save_pretrained(folder)                       # before make_student changes its tokens
     processor.save_pretrained(folder)
     student = make_student(model, tokenizer, processor)
