@@ -14,8 +14,9 @@ steps of the object, and the rule that they must not be told when the picture sh
                carries the hazard sign. We can paint it. Shall we?</answer>
 
 The language model is as it was published. It follows the easy half of the system message. Only a
-small vision tower is trained for it, first to see, and then to show it words. Users, tutor and judge are the rules of toy.py with another
-language. They are a back end, as toy.py is: --tutor english, with PYTHONPATH=tests.
+small vision tower is trained for it, first to see, and then to show it words. Users, tutor and
+judge are the rules of toy.py with another language. They are a back end, as toy.py is: --tutor
+english, with PYTHONPATH=tests.
 
     python tests/english.py world --out out/e/world     seeds.jsonl, images/ and base/, the student
     python tests/english.py system out/e/data           adds system messages to what synth.py wrote
