@@ -41,7 +41,8 @@ from tqdm import tqdm
 import judge
 from grpo import Rollout, dense_copy, merge_adapter, next_user, rollout, tutor_requests
 from sft import encode_images, load_adapter, load_student, system_of
-from synth import image_png, parts_of, read_dialogues, text_of, thumbnail, user_turns
+from synth import (fingerprint, image_png, parts_of, read_dialogues, text_of, thumbnail,
+                   user_turns)
 
 MAX_TURNS = 10
 HARMFUL = ("red_team", "obfuscated")        # kinds of dialogues; the third is benign
@@ -69,10 +70,12 @@ def parse_args(argv=None):
     student.add_argument("--endpoint", help="or a served student: an address")
     add = group.add_argument
     add("--endpoint_model", help="its model name; the key is in ENDPOINT_API_KEY")
+    add("--endpoint_extra", type=judge.json_object, default={},
+        help="more fields of the request body for the served student")
     add("--adapter", help="adapter of sft.py or grpo.py; without it the base model plays")
     add("--nf4", action=argparse.BooleanOptionalAction, default=True, help="4-bit base")
     add("--max_new", type=number(int, 1), default=512, help="new tokens per turn, greedy decoding")
-    add("--max_tokens", type=number(int, 16), default=8192, help="tokens per dialogue")
+    add("--max_tokens", type=number(int, 16, 10 ** 6), default=8192, help="tokens per dialogue")
     add("--batch", type=number(int, 1), default=100, help="dialogues at a time")
     add = parser.add_argument_group("judge and attacker").add_argument
     add("--judge", required=True, help="address of a server, or a Python module with ask")
@@ -83,11 +86,14 @@ def parse_args(argv=None):
     add("--tutor_model", help="its model name; the key is in TUTOR_API_KEY")
     add("--strategies", nargs="+", default=list(judge.STRATEGIES), choices=list(judge.STRATEGIES),
         metavar="NAME", help="attack strategies of the adaptive attacker")
-    add("--extra", type=judge.json_object, default={}, help="more fields of the request body")
+    add("--extra", type=judge.json_object, default={},
+        help="more fields of the request body for judge and tutor")
     # flags that only make sense together, or only alone
     args = parser.parse_args(argv)
     if args.attacker == "adaptive" and not args.tutor:
         parser.error("--attacker adaptive needs a --tutor")
+    if args.endpoint and "://" not in args.endpoint:
+        parser.error("--endpoint must be an address")
     if args.endpoint and args.adapter:
         parser.error("--endpoint is a whole student: it takes no --adapter")
     return args
@@ -131,10 +137,8 @@ def local_student(args):
     return play
 
 
-def served_student(args):
+def served_student(ask, args):
     """-> play(dialogues, attacker): the same with a chat server, one call per turn."""
-    ask = judge.backend("endpoint", args.endpoint, args.endpoint_model, args.extra)
-
     def play(dialogues, attacker):
         # the messages of each dialogue so far, and its next user turn
         rollouts = [Rollout(dialogue=d) for d in dialogues]
@@ -525,7 +529,7 @@ def t_interval(values):
     if len(values) == 1:
         return mean, None, None
     standard_error = np.std(values, ddof=1) / math.sqrt(len(values))
-    half = quantiles[len(values) - 2] * standard_error
+    half = quantiles[min(len(values), 20) - 2] * standard_error     # beyond 20, slightly too wide
     return mean, mean - half, mean + half
 
 
@@ -569,8 +573,13 @@ def load_arm(folder):
         samples = [json.loads(line) for line in lines[:-1]]
         samples.sort(key=lambda sample: sample["id"])
         # a damaged field or a missing picture raises one of the errors below
+        if len({sample["id"] for sample in samples}) < len(samples):
+            raise ValueError("a dialogue appears twice")
         for sample in samples:
             first_picture(sample)
+            for verdict in verdicts_of(sample):
+                if verdict and judge.read_judge(json.dumps({"rationale": "", **verdict})) is None:
+                    raise ValueError(f"{sample['id']}: no verdict of a judge: {verdict}")
         return samples, args, arm_results(samples)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         judge.bad_input(f"{folder}: no run of eval.py, or a damaged one: {error!r}")
@@ -630,11 +639,15 @@ def percent(value, digits=1):
 
 
 def cell(entry):
-    """An interval as "41.3 [38.0, 44.6] 200", in percent; n stands at the end."""
+    """
+    An interval as "41.3 [38.0, 44.6] 200", in percent; n stands at the end. "+ 3 ?" says that three
+    more could not be scored.
+    """
+    unscored = f" + {entry['unscored']} ?" if entry.get("unscored") else ""
     if entry["value"] is None:
-        return "–"
+        return "–" + unscored
     limits = f"[{percent(entry['low'])}, {percent(entry['high'])}]"
-    return f"{percent(entry['value'])} {limits} {entry['n']}"
+    return f"{percent(entry['value'])} {limits} {entry['n']}{unscored}"
 
 
 def metric_row(name, metrics):
@@ -742,8 +755,8 @@ def publish(folders, out):
 # main
 
 
-def preflight(ask, tutor, dialogues, args):
-    """Ask the judge, and the tutor if there is one, about three turns with a made-up reply."""
+def preflight(ask, tutor, student, dialogues, args):
+    """Ask the judge, and tutor and served student if there are any, about three first turns."""
     # three dialogues of one turn, which no student has seen
     rollouts, requests = [], []
     for d in dialogues[:3]:
@@ -758,6 +771,13 @@ def preflight(ask, tutor, dialogues, args):
     if tutor is not None:
         requests = tutor_requests(rollouts, args.strategies, MAX_TURNS)
         judge.preflight("tutor", tutor, requests, judge.read_tutor, calls)
+    if student is not None:
+        requests = []
+        for d in dialogues[:3]:
+            content, paths = user_turns(d)[0]
+            requests.append({"messages": [user_message(content, paths)], "text": text_of(content),
+                             "max_tokens": args.max_new})
+        judge.preflight("student", student, requests, judge.read_text, calls)
 
 
 def main(argv=None):
@@ -765,16 +785,17 @@ def main(argv=None):
     args = parse_args(argv)
     dialogues = read_dialogues(args.data)
     ask = judge.backend("judge", args.judge, args.judge_model, args.extra)
-    tutor = None
+    tutor = student = None
     if args.attacker == "adaptive":
         tutor = judge.backend("tutor", args.tutor, args.tutor_model, args.extra)
-    preflight(ask, tutor, dialogues, args)
+    if args.endpoint:
+        student = judge.backend("endpoint", args.endpoint, args.endpoint_model, args.endpoint_extra)
+    preflight(ask, tutor, student, dialogues, args)
     if args.dry_run:
         return
 
     # what `compare` must know about this run is kept with its arguments
-    words = sorted([d["id"], d["messages"]] for d in dialogues)
-    args.data_hash = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+    args.data_hash = fingerprint(dialogues)
     args.judge_prompt = hashlib.sha256(judge.JUDGE_SYSTEM.encode()).hexdigest()[:16]
     args.n_dialogues = len(dialogues)
     lock = judge.open_run(args)
@@ -785,7 +806,7 @@ def main(argv=None):
     done = {sample["id"] for sample in kept}
 
     # play and judge what is missing, a batch of equal lengths at a time
-    play = served_student(args) if args.endpoint else local_student(args)
+    play = served_student(student, args) if args.endpoint else local_student(args)
     attacker = make_attacker(tutor, args)
     dialogues.sort(key=lambda d: (len(d["messages"]), d["id"]))
     for i in tqdm(range(0, len(dialogues), args.batch), args.name, disable=None):
@@ -801,7 +822,7 @@ def main(argv=None):
 
     # sort by id, so that the file does not depend on restarts
     judge.write_jsonl(path, sorted(judge.read_log(path), key=lambda sample: sample["id"]))
-    judge.print_use(judge=ask, tutor=tutor)
+    judge.print_use(judge=ask, tutor=tutor, student=student)
     lock.close()
     publish([args.out], args.out)
 
@@ -829,7 +850,8 @@ def seeds(argv=None):
         values = {}         # (arm, metric): one value per seed
         for name in names:
             for metric in METRICS:
-                values[name, metric] = [run[name]["metrics"][metric]["value"] for run in runs]
+                shares = [run[name]["metrics"][metric]["value"] for run in runs]
+                values[name, metric] = [s if s is None else float(s) for s in shares]
     except (ValueError, LookupError, TypeError) as error:
         judge.bad_input(f"these are no results of the same arms: {error!r}")
 

@@ -38,11 +38,11 @@ import torch
 
 import judge
 import tcsr
-from sft import (Row, adamw, add_lora, bracketed, encode_images, hidden_states, load_adapter,
-                 load_checkpoint, load_student, micro_batches, mrope_positions, open_log,
-                 optimizer_step, policy_logits, reply_logps, save_adapter, save_checkpoint,
-                 stop_signals, system_of, use_adapter, user_row, write_row)
-from synth import image_png, read_dialogues, text_of, thumbnail, user_turns
+from sft import (Row, adamw, add_lora, bracketed, check_finite, encode_images, hidden_states,
+                 load_adapter, load_checkpoint, load_student, micro_batches, mrope_positions,
+                 open_log, optimizer_step, policy_logits, reply_logps, save_adapter,
+                 save_checkpoint, stop_signals, system_of, use_adapter, user_row, write_row)
+from synth import fingerprint, image_png, read_dialogues, text_of, thumbnail, user_turns
 from peft.utils.integrations import dequantize_module_weight    # after sft, which quiets peft
 
 # -----------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--group", type=number(int, 2), default=5, help="rollouts per dialogue (G, paper)")
     add("--max_turns", type=number(int, 1), default=10, help="turns per dialogue (paper)")
     add("--max_new", type=number(int, 1), default=512, help="new tokens per turn")
-    add("--max_tokens", type=number(int, 16), default=8192, help="tokens per dialogue")
+    add("--max_tokens", type=number(int, 16, 10 ** 6), default=8192, help="tokens per dialogue")
     add("--temperature", type=number(float, 0.01, 10), default=1.0, help="of sampling and loss")
     add = parser.add_argument_group("reward and advantage").add_argument
     add("--like", choices=list(METHODS), default="ours",
@@ -96,8 +96,10 @@ def parse_args(argv=None):
     add("--unjudged_last", action="store_true",
         help="the last turn's reward is 0, as in the released code")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=number(float, 0), default=1.0, help="passes over the data (paper)")
-    add("--lr", type=number(float, 0, 1), default=1e-5, help="decays linearly to 10%%")
+    add("--epochs", type=number(float, 0, 10 ** 4), default=1.0,
+        help="passes over the data (paper)")
+    add("--lr", type=number(float, 0, 1), default=1e-4,
+        help="ten times the paper's, for LoRA; decays linearly to 10%%")
     add("--beta", type=number(float, 0), help="weight of the KL penalty; set by --like")
     add("--clip", type=number(float, 0, 1), default=0.2, help="PPO's epsilon")
     add("--micro_tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass")
@@ -468,6 +470,7 @@ class Tutor:
         for r, verdict, text in zip(rollouts, verdicts, raw):
             turn = r.turns[-1]
             turn["reward"] = turn_reward(turn, verdict, args)
+            turn["format_ok"] = judge.split_reply(turn["assistant"])[2]
             if verdict is None:
                 turn["unread"] = text
             else:
@@ -651,7 +654,7 @@ def check_rollouts(rollouts, step, args):
     turns = [turn for r in rollouts for turn in r.turns]
     if not turns:
         judge.bad_input(f"--max_tokens {args.max_tokens} has no room for any first turn")
-    if all(turn["reward"] is None for turn in turns):
+    if not any("safety" in turn for turn in turns):
         raise SystemExit(f"step {step}: the tutor scored no turn; its first reply was: "
                          f"{judge.printable(turns[0]['unread'])}")
     if not all(math.isfinite(sum(r.logps)) for r in rollouts):
@@ -660,13 +663,11 @@ def check_rollouts(rollouts, step, args):
 
 def check_progress(rows, steps):
     """End a run that is not finite for three steps in a row, or has no signal for ten."""
-    bad = [not row["healthy"] for row in rows[-3:]]
-    if all(bad) and len(bad) == min(3, steps):
-        raise SystemExit(f"{len(bad)} steps in a row were not finite")
+    check_finite(rows, steps)
     dead = [row["dead"] == 1 for row in rows[-10:]]
     if all(dead) and len(dead) == min(10, steps):
-        raise SystemExit(f"{len(dead)} steps in a row without any signal: in every group all "
-                         f"rollouts got the same reward")
+        raise SystemExit(f"{len(dead)} steps in a row without any signal: all rollouts of a group "
+                         f"got the same reward, were cut, or were not scored")
 
 
 def write_rollouts(log, step, rollouts, values, adv, group):
@@ -722,6 +723,7 @@ def main(argv=None):
     tutor_preflight(ask, dialogues, steps, args)
     if args.dry_run:
         return
+    args.data_hash = fingerprint(dialogues)
     lock = judge.open_run(args)
     stop = stop_signals()
 
@@ -731,9 +733,8 @@ def main(argv=None):
     optimizer = adamw(student, args.lr)
     tutor = Tutor(ask, args)
     start = load_checkpoint(args.out, student, optimizer)
-    log = open_log(args.out, "log.jsonl", start)
-    rollout_log = open_log(args.out, "rollouts.jsonl", start)
-    rows = []
+    rows, log = open_log(args.out, "log.jsonl", start)
+    _, rollout_log = open_log(args.out, "rollouts.jsonl", start)
     for step in range(start, steps):
         begin, tutor.seconds = time.time(), 0.0
         for group in optimizer.param_groups:

@@ -120,11 +120,11 @@ def integer_field(low, high):
 
 def as_data(document):
     """
-    JSON in which no server's tokenizer finds a control token. The characters that begin one
-    ("<" as in <|im_end|> or </s>, "[" as in [INST]) are escaped, and a JSON reader restores them.
+    JSON in which the usual tokenizers find no control token. The characters that begin one ("<" as
+    in <|im_end|> or </s>, "[" as in [INST] or [|user|]) are escaped. A JSON reader restores them.
     """
     text = json.dumps(document, ensure_ascii=False).replace("<", "\\u003c")
-    return re.sub(r"\[(?=/?[A-Z])", r"\\u005b", text)           # a JSON list never begins like this
+    return re.sub(r"\[(?=[/|A-Zg])", r"\\u005b", text)          # a JSON list never begins like this
 
 
 def tutor_request(kind, turns, image, strategies, candidate):
@@ -279,15 +279,25 @@ def ask_and_read(ask, requests, read):
     One batched call. Replies that came but could not be read are asked for once more.
     -> (results, raw replies), in the order of the requests; a result is None if it is missing.
     """
-    raw = ask(requests) if requests else []
+    raw = replies_of(ask, requests)
     results = [read(text) for text in raw]
     unread = [i for i, text in enumerate(raw) if text is not None and results[i] is None]
     if unread:
         again = [{**requests[i], "text": requests[i]["text"] + ASK_AGAIN} for i in unread]
-        for i, text in zip(unread, ask(again)):
+        for i, text in zip(unread, replies_of(ask, again)):
             results[i] = read(text)
             raw[i] = raw[i] if text is None else text
+    if isinstance(ask, Server):
+        ask.failures["unreadable"] += sum(results[i] is None for i in unread)
     return results, raw
+
+
+def replies_of(ask, requests):
+    """ask(requests), as a list with a text or None for each request."""
+    replies = ask(requests) if requests else []
+    if not isinstance(replies, list) or len(replies) != len(requests):
+        raise SystemExit("a back end's ask must return a list with one reply for each request")
+    return [reply if isinstance(reply, str) else None for reply in replies]
 
 
 # -----------------------------------------------------------------------------
@@ -312,12 +322,15 @@ def backend(role, spec, model=None, extra=None, concurrency=40):
             return importlib.import_module(spec).ask
         except (ImportError, AttributeError) as error:
             bad_input(f"--{role} {spec}: not an address, and not a Python module with ask: {error}")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", spec):
+    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d{1,5})?(/[\w./-]*)?", spec, re.ASCII):
         bad_input(f"--{role}: expected http(s)://host:port/v1 or a module's name; keys belong into "
                   f"the environment")
     if not model:
         bad_input(f"--{role} {spec}: which model? Use --{role}_model")
     key = os.environ.get(f"{role.upper()}_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+    key = key.strip()                   # a key from a file ends in a line break
+    if not re.fullmatch(r"[!-~]+", key):
+        bad_input(f"--{role}: its key has characters that no request can hold")
     return Server(spec, model, key, extra or {}, concurrency)
 
 
@@ -330,19 +343,24 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def post(url, key, body):
     """
-    POST a JSON body -> (status, text of the answer, its Retry-After). The status is 0 if no answer
-    came within TIMEOUT, and 503 if there is no connection. The text is empty if it broke off.
+    POST a JSON body -> (status, text of the answer, its Retry-After). The status is 0 if the answer
+    is not complete within TIMEOUT, and 503 if there is no connection.
     """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     call = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    deadline, text = time.time() + TIMEOUT, b""
     try:
         try:
             answer = urllib.request.build_opener(NoRedirect).open(call, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             answer = error                          # an answer like any other
         with answer:
-            text = answer.read().decode("utf-8", "replace")
-        return answer.status, text, answer.headers.get("Retry-After", "")
+            # piece by piece, because a timeout is only about one piece
+            while piece := answer.read1(65536):
+                text += piece
+                if time.time() > deadline:
+                    raise TimeoutError
+        return answer.status, text.decode("utf-8", "replace"), answer.headers.get("Retry-After", "")
     except TimeoutError:
         return 0, f"no answer within {TIMEOUT} s", ""
     except OSError as error:
@@ -438,12 +456,15 @@ class Server:
         try:
             completion = json.loads(text)
             message = completion["choices"][0]["message"]
-            usage = completion.get("usage") or {}
+            usage = completion.get("usage")
+            usage = usage if isinstance(usage, dict) else {}
             # some servers put the whole reply among the thoughts
             reply = message.get("content") or message.get("reasoning_content") or ""
             self.used["calls"] += 1
-            self.used["tokens_in"] += usage.get("prompt_tokens") or 0
-            self.used["tokens_out"] += usage.get("completion_tokens") or 0
+            for name, count in (("tokens_in", usage.get("prompt_tokens")),
+                                ("tokens_out", usage.get("completion_tokens"))):
+                if isinstance(count, int) and 0 <= count < 10 ** 9:
+                    self.used[name] += count
             if completion["choices"][0].get("finish_reason") == "length":
                 self.failures["reply cut at its token limit"] += 1
             return reply.encode("utf-8", "replace").decode()
@@ -483,7 +504,7 @@ def print_use(**back_ends):
     for role, ask in back_ends.items():
         if isinstance(ask, Server) and ask not in seen:     # roles can share a server
             seen.append(ask)
-            counts = [f"{n:,} {what}" for what, n in {**ask.used, **ask.failures}.items()]
+            counts = [f"{n:,} {what}" for what, n in {**ask.used, **ask.failures}.items() if n]
             print(f"{role}: {', '.join(counts)}")
 
 
@@ -535,7 +556,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high or value == math.inf:       # neither is true of NaN
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return parse
@@ -575,11 +596,12 @@ def open_run(args, free=("resume", "dry_run", "out")):
             bad_input(f"{out} already holds a run: use --resume, or another --out")
         try:
             before = json.loads(path.read_text())
-        except ValueError:
+            changed = [name for name in now if name not in free and now[name] != before.get(name)]
+        except (ValueError, AttributeError, RecursionError):
             bad_input(f"{path} is damaged")
-        changed = [name for name in now if name not in free and now[name] != before.get(name)]
         if changed:
-            bad_input(f"{out} was begun with another --{', --'.join(changed)}")
+            names = ["data" if name == "data_hash" else f"--{name}" for name in changed]
+            bad_input(f"{out} was begun with another {', '.join(names)}")
     write_file(path, json.dumps(now, indent=1))
     return lock
 
@@ -622,9 +644,10 @@ def read_log(path, keep=None):
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = json.loads(line)
-        except ValueError:
+            wanted = isinstance(record, dict) and (keep is None or keep(record))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             bad_input(f"{path}:{number}: damaged")
-        if keep is None or keep(record):
+        if wanted:
             records.append(record)
             kept.append(line + b"\n")
 

@@ -60,7 +60,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (Qwen2VLI
 from transformers.utils import cached_file
 
 import judge
-from synth import open_image, parts_of, read_dialogues, text_of, user_turns
+from synth import fingerprint, open_image, parts_of, read_dialogues, text_of, user_turns
 
 # -----------------------------------------------------------------------------
 # command line
@@ -80,13 +80,13 @@ def parse_args(argv=None):
     add("--lora_r", type=number(int, 1), default=32, help="rank")
     add("--lora_alpha", type=number(int, 1), default=64, help="the update is scaled by alpha / r")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=number(float, 0), default=2.0, help="passes over the data (paper)")
+    add("--epochs", type=number(float, 0, 10 ** 4), default=2.0, help="passes over the data (paper)")
     add("--batch", type=number(int, 1), default=16, help="dialogues per step (paper)")
     add("--lr", type=number(float, 0, 1), default=1e-4,
         help="peak learning rate; the paper's 1e-5 is for full fine-tuning")
     add("--warmup", type=number(float, 0, 1), default=0.1,
         help="fraction of the steps with a rising learning rate; a cosine to 0 follows")
-    add("--max_tokens", type=number(int, 1), default=8192,
+    add("--max_tokens", type=number(int, 1, 10 ** 6), default=8192,
         help="tokens per dialogue; longer ones lose whole turns at the end")
     add("--micro_tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -604,7 +604,10 @@ def load_checkpoint(out, student, optimizer):
     try:
         state = torch.load(folders[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state)
-        return json.loads((folders[-1] / "run.json").read_text())["step"]
+        step = json.loads((folders[-1] / "run.json").read_text())["step"]
+        if folders[-1].name != f"step_{step:06}":
+            raise ValueError(f"run.json says step {step}")
+        return step
     except Exception as error:      # torch raises many kinds on damaged files
         judge.bad_input(f"{folders[-1]} is damaged, remove it to go on before it: {error}")
 
@@ -627,10 +630,10 @@ def stop_signals():
 
 
 def open_log(out, name, start):
-    """Cut a log back to the steps before `start`, and open it to append."""
+    """Cut a log back to the steps before `start`. -> its rows, and the file open to append"""
     path = Path(out, name)
-    judge.read_log(path, keep=lambda record: record["step"] < start)
-    return open(path, "a", encoding="utf-8")
+    rows = judge.read_log(path, keep=lambda record: record["step"] < start)
+    return rows, open(path, "a", encoding="utf-8")
 
 
 def write_row(log, row):
@@ -712,9 +715,17 @@ def render_all(student, dialogues, args):
     return train, test
 
 
+def check_finite(rows, steps):
+    """End a run whose last three steps were not finite."""
+    bad = [not row["healthy"] for row in rows[-3:]]
+    if all(bad) and len(bad) == min(3, steps):
+        raise SystemExit(f"{len(bad)} steps in a row were not finite")
+
+
 def main(argv=None):
     args = parse_args(argv)
     dialogues = read_dialogues(args.data)
+    args.data_hash = fingerprint(dialogues)
     lock = judge.open_run(args)
     stop = stop_signals()
 
@@ -728,10 +739,9 @@ def main(argv=None):
 
     optimizer = adamw(student, args.lr)
     start = load_checkpoint(args.out, student, optimizer)
-    log = open_log(args.out, "log.jsonl", start)
+    rows, log = open_log(args.out, "log.jsonl", start)
     steps_per_epoch = math.ceil(len(train) / args.batch)
     steps = max(1, round(args.epochs * steps_per_epoch))
-    bad_steps = 0
     for step in range(start, steps):
         begin = time.time()
         for group in optimizer.param_groups:
@@ -743,7 +753,9 @@ def main(argv=None):
         student.model.train()
         loss = loss_over(student, [train[n] for n in batch], args, backward=True)
         norm, healthy = optimizer_step(optimizer, loss)
-        row = {"step": step, "loss": loss, "grad_norm": norm, "seconds": time.time() - begin}
+        row = {"step": step, "loss": loss, "grad_norm": norm, "healthy": healthy,
+               "seconds": time.time() - begin}
+        rows.append(row)
 
         # loss on dialogues that are not trained on
         if test and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
@@ -755,9 +767,7 @@ def main(argv=None):
               f"{row['seconds']:.1f} s" + ("" if healthy else " | ! not finite, step skipped"))
 
         # checkpoints, and the ends of a run that went wrong or was asked to stop
-        bad_steps = 0 if healthy else bad_steps + 1
-        if bad_steps == min(3, steps):
-            raise SystemExit(f"{bad_steps} steps in a row were not finite")
+        check_finite(rows, steps)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
             save_checkpoint(args.out, step + 1, student, optimizer, args)
         if stop:

@@ -297,6 +297,7 @@ def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues(stub, tmp_path, monk
 
 def test_rl_repeats_no_sft_dialogue_and_no_dialogue_comes_twice(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "expander", lambda d: {"turns": [d["kind"], "the same words"]})
+    monkeypatch.setattr(synth, "TURNS", dict.fromkeys(synth.KINDS, (2, 2)))
     # b has the words and the picture of a; for the RL seed d the words alone suffice
     rows = [("a", 0, "sft"), ("b", 0, "sft"), ("c", 1, "sft"), ("d", 2, "rl"), ("e", 3, "bench")]
     write(tmp_path, *[seed(id=name, seed_id=name, image=f"{picture}.png", split=split)

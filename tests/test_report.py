@@ -141,13 +141,13 @@ def test_a_training_run_and_one_prompt_over_its_steps(tmp_path):
         const view = () => log.push([text("#group h3"), all("#group section").length,
             all("#group .flag").length, all("#times button").map(node => node.innerText)]);
         view();
-        all("#times button")[1].click(); view();
+        all("#times button")[0].click(); view();
         set(all("#controls input")[0], 3, "input"); view();
         set(all("#controls select")[0], "benign-1", "change"); view();
         log.push(text("#group .score"), text("#curves b"), all("#group .turn img").length);""")
     times = ["step 0: 2 of 2 do harm", "step 2: 0 of 2 do harm", "step 4: 0 of 2 do harm"]
     assert log == [8, "Warning: benign refused (5 steps).",
-                   ["red_team-0", 8, 2, times], ["red_team-0", 8, 0, times],
+                   ["red_team-0", 8, 0, times], ["red_team-0", 8, 2, times],
                    ["red_team-1", 8, 0, times],         # the slider shows another of its kind
                    ["benign-1", 8, 0, ["step 1: 1 of 2 refuse", "step 3: 1 of 2 refuse"]],
                    "safety 5 usefulness 1 faithfulness 4\nreward 0.50 TCSR 0.25 advantage −1.00\n"

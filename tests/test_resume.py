@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -300,3 +301,25 @@ def test_a_resumed_optimizer_does_not_take_ordinary_memory_for_pages(tmp_path, m
     assert sft.load_checkpoint(tmp_path, argparse.Namespace(base=gpu), resumed) == 2
     state = resumed.state[gpu]["state1"]
     assert state.is_meta and not getattr(state, "is_paged", False)
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_other_data_at_the_same_path_are_noticed(words, straight, tmp_path, capsys, script):
+    shutil.copytree(straight(script)[0], tmp_path / "out")
+    argv = list(words[script])
+    path = Path(argv[argv.index("--data") + 1])
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        path.write_text("".join(lines[1:]))
+        assert run(script, argv, tmp_path / "out", "--resume") == 2
+    finally:
+        path.write_text("".join(lines))
+    assert "another data" in capsys.readouterr().err
+
+
+def test_steps_without_signal_count_over_a_resume(words, tmp_path, monkeypatch):
+    """A run that stopped because nothing is learned must not end well when it goes on."""
+    monkeypatch.setattr(grpo, "turn_reward", lambda *args: 0.5)
+    argv = [*words["grpo"], "--epochs", "4", "--save_every", "1"]
+    assert "without any signal" in run("grpo", argv, tmp_path)
+    assert "without any signal" in run("grpo", argv, tmp_path, "--resume")

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -236,6 +237,43 @@ EVAL = "--endpoint {url} --endpoint_model m --data {data}/bench.jsonl --judge {u
        "--judge_model m --name x"
 
 
+@pytest.mark.parametrize("key, good", (("abc\n", True), ("a b", False), ("schlüssel", False)))
+def test_a_key_is_stripped_and_an_impossible_one_is_not_repeated(monkeypatch, capsys, key, good):
+    monkeypatch.setenv("TUTOR_API_KEY", key)
+    if good:
+        assert judge.backend("tutor", "http://localhost:1/v1", "m").key == key.strip()
+    else:
+        assert key not in refused(capsys, judge.backend, "tutor", "http://localhost:1/v1", "m")[-1]
+
+
+@pytest.mark.parametrize("replies", (None, [], ["a", "b"], {"a": 1}))
+def test_a_back_end_that_does_not_reply_to_each_request_ends_the_run(replies):
+    last_words(judge.ask_and_read, lambda requests: replies, requests_of(1), judge.read_judge)
+    assert judge.ask_and_read(lambda requests: [b"x"], requests_of(1), judge.read_judge)[1] == [None]
+
+
+def test_odd_usage_does_no_harm(server):
+    reply = {**completion("no."), "usage": {"prompt_tokens": "10", "completion_tokens": [1]}}
+    server.behave = lambda n, body: (200, {}, reply)
+    assert client(server)(requests_of(2)) == ["no.", "no."]
+
+
+def test_an_answer_that_trickles_is_given_up(monkeypatch):
+    monkeypatch.setattr(judge, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def drip():
+            connection, _ = listener.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n")
+            for _ in range(30):
+                time.sleep(0.1)
+                connection.sendall(b" ")
+
+        threading.Thread(target=drip, daemon=True).start()
+        begin = time.time()
+        status, _, _ = judge.post(f"http://127.0.0.1:{listener.getsockname()[1]}/", "k", {})
+        assert status == 0 and time.time() - begin < 2
+
+
 @pytest.mark.parametrize("script, words, roles", (
     (synth, "--seeds {data}/../seeds/seeds.jsonl --generator {url} --generator_model m",
      "GENERATOR"),
@@ -243,12 +281,15 @@ EVAL = "--endpoint {url} --endpoint_model m --data {data}/bench.jsonl --judge {u
      "--red {url} --red_model m --blue {url} --blue_model m --scorer {url} --scorer_model m "
      "--target {url} --target_model m", "GENERATOR RED BLUE SCORER TARGET"),
     (grpo, "--model x --data {data}/rl.jsonl --tutor {url} --tutor_model m --prompts 1", "TUTOR"),
-    (evaluation, EVAL, "JUDGE"),
-    (evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m", "JUDGE TUTOR")))
+    (evaluation, EVAL, "JUDGE ENDPOINT"),
+    (evaluation, EVAL + " --attacker adaptive --tutor {url} --tutor_model m",
+     "JUDGE TUTOR ENDPOINT")))
 def test_a_dry_run_asks_every_server_and_loads_and_writes_nothing(
         server, world, tmp_path, monkeypatch, script, words, roles):
     for role in roles.split():
         monkeypatch.setenv(f"{role}_API_KEY", role)
+    # a student gets a chat without a system message, and the toy's rules play no student
+    server.behave = lambda n, body: None if body["messages"][1:] else answers("A ball.")(n, body)
     words = words.format(url=server.url, data=world).split()
     script.main([*words, "--out", f"{tmp_path}/out", "--dry_run"])
     assert sorted(server.keys) == sorted(3 * roles.split()) and not Path(tmp_path, "out").exists()
