@@ -311,16 +311,18 @@ def copy_picture(path, file, root, out):
     # PATH may be the folder of the whole set, with the pictures in another branch than the file.
     folders = [folder for folder in file.parents if folder.is_relative_to(root)]
     folders += [folder / "images" for folder in folders]
-    places = [folder / path for folder in folders if (folder / path).is_file()]
 
     # Pillow reads some formats, not these, with the help of another program.
     try:
-        with Image.open(places[0], formats=["PNG", "JPEG", "WEBP", "GIF", "BMP"]) as image:
+        [place, *_] = [folder / path for folder in folders if (folder / path).is_file()]
+        with Image.open(place, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as image:
             image.load()
+        if max(image.size) > 200 * min(image.size):     # synth.py refuses these
+            return None
     # There may be no such file, and a damaged one can raise almost anything.
     except Exception:
         return None
-    content = places[0].read_bytes()
+    content = place.read_bytes()
     name = f"images/{digest(content)}.{image.format.lower()}"
     (out / name).write_bytes(content)
     return name
@@ -379,7 +381,8 @@ def main(argv=None):
     print(f"{args.out}/seeds.jsonl: {len(records)} records, {harmful} harmful, "
           f"{len(records) - harmful} benign, {alone} without a picture")
     for reason, ids in skipped.items():
-        print(f"skipped {len(ids)}: {reason} (the first is {ids[0]})")
+        first = ids[0].encode("unicode_escape").decode()        # an id could steer the terminal
+        print(f"skipped {len(ids)}: {reason} (the first is {first})")
     if not records:
         fail(f"{args.set}: no record could be used")
 

@@ -110,6 +110,8 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
     for values, name in ((np.uint16(65535 * ramp), "grey.png"), (np.float32(ramp), "float.tif")):
         assert np.abs(pixels(Image.fromarray(values), name)[..., 0] - 255 * ramp).max() <= 1
+    white = Image.fromarray(np.full((9, 9), 65535, np.uint16))
+    assert pixels(white, "white.png").min() == 255
     # a black figure on nothing is black on white
     figure = Image.new("LA", (9, 9), (0, 0))
     figure.putpixel((4, 4), (0, 255))
