@@ -115,32 +115,33 @@ def print_memory(size):
 
 def print_hours(size):
     """
-    For the paper's 12,934 SFT, 2,000 RL and 3,227 bench dialogues of 4.8 turns (bench: 6). A turn
-    has 280 tokens, 220 of them the reply, and a dialogue 350 more. The longest reply of a batch has
-    400 tokens, the longest dialogue 7 turns. There are 2 epochs of SFT and 1 of GRPO. Training
+    For the paper's 12,934 SFT, 2,000 RL and 3,227 bench dialogues of 6.35, 8.33 and 8.55 turns. A
+    turn has 280 tokens, 220 of them the reply, and a dialogue 350 more. The longest reply of a
+    batch has 400 tokens, the longest dialogue 10 turns. There are 2 epochs of SFT and 1 of GRPO. Training
     reaches 30 % of the card's bf16 rate, and a decode step takes twice the time to read weights and
     cache. A call to a server has 2,000 tokens, and a server answers 4 calls per second.
     """
     hidden, _, layers, heads, kv_heads, vocabulary = SHAPES[size]
     dense = memory(size, LONG)["rollout"]["dense copy"]                         # bytes
     read = dense + 2 * vocabulary * hidden
-    cached = 4 * layers * hidden // heads * kv_heads * (350 + 6 * 280) / 2      # of a dialogue
+    cached = 4 * layers * hidden // heads * kv_heads * (350 + 8.5 * 280) / 2    # of a dialogue
     # FLOP/s and bytes/s of a card
     h100, rtx4090, l40s = (989e12, 3.35e12), (165e12, 1.01e12), (362e12, 0.86e12)
     cards = {"3b": {"RTX 4090 24 GB": (*rtx4090, 4, 20), "H100 80 GB": (*h100, 8, 100)},
              "7b": {"L40S 48 GB": (*l40s, 4, 20), "H100 80 GB": (*h100, 8, 40)}}
     for card, (flops, bandwidth, prompts, batch) in cards[size].items():
-        one = dense * (350 + 4.8 * 280) / (0.3 * flops) / 3600      # a pass over a dialogue
+        token = dense / (0.3 * flops) / 3600                        # a pass over a token
         turn = 2 * 400 / bandwidth / 3600                           # a turn, per byte
-        train = 2 * 12_934 * 3 * one                                # forward, again, backward
-        generate = 2_000 / prompts * 7 * turn * (read + 5 * prompts * cached)
-        update = 2_000 * 5 * 4 * one                                # and the reference
-        evaluate = 3_227 / batch * 6 * turn * (read + batch * cached)
+        # forward, again and backward; in GRPO the reference, too
+        train = 2 * 12_934 * 3 * token * (350 + 6.35 * 280)
+        generate = 2_000 / prompts * 10 * turn * (read + 5 * prompts * cached)
+        update = 2_000 * 5 * 4 * token * (350 + 8.33 * 280)
+        evaluate = 3_227 / batch * 10 * turn * (read + batch * cached)
         print(f"{card}: SFT {train:.1f} h, GRPO --prompts {prompts}: rollouts {generate:.1f} h, "
               f"updates {update:.1f} h, eval --batch {batch}: {evaluate:.1f} h")
     # per seed and dialogue, and three per SFT turn; per turn of a rollout; per turn of the bench
-    calls = {"synthesis": 18_161 / 3 + 18_161 + 3 * 12_934 * 4.8, "GRPO": 2_000 * 5 * 4.8,
-             "evaluation of one arm": 3_227 * 6}
+    calls = {"synthesis": 18_161 / 3 + 18_161 + 3 * 12_934 * 6.35,
+             "GRPO": 2_000 * 5 * 8.33, "evaluation of one arm": 3_227 * 8.55}
     for name, n in calls.items():
         print(f"{name}: {n:,.0f} calls, {n / 500:,.0f} M tokens, {n / 14_400:.1f} h")
     print(print_hours.__doc__)
