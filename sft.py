@@ -80,7 +80,8 @@ def parse_args(argv=None):
     add("--lora_r", type=number(int, 1), default=32, help="rank")
     add("--lora_alpha", type=number(int, 1), default=64, help="the update is scaled by alpha / r")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=number(float, 0, 10 ** 4), default=2.0, help="passes over the data (paper)")
+    add("--epochs", type=number(float, 0, 10 ** 4), default=2.0,
+        help="passes over the data (paper)")
     add("--batch", type=number(int, 1), default=16, help="dialogues per step (paper)")
     add("--lr", type=number(float, 0, 1), default=1e-4,
         help="peak learning rate; the paper's 1e-5 is for full fine-tuning")

@@ -86,10 +86,12 @@ def single_turn(records):
 def prepare(folder, seed):
     """World, data, base, SFT and full method of a seed, and the single-turn data."""
     if not (folder / "results.json").exists():
-        run(["make", "toy", f"OUT={folder.relative_to(ROOT)}", f"SEED={seed}"], OUT / f"s{seed}.log")
+        words = ["make", "toy", f"OUT={folder.relative_to(ROOT)}", f"SEED={seed}"]
+        run(words, OUT / f"s{seed}.log")
     data = folder / "data"
     for split in ("sft", "rl"):
-        judge.write_jsonl(data / f"{split}_single.jsonl", single_turn(read(data / f"{split}.jsonl")))
+        cut = single_turn(read(data / f"{split}.jsonl"))
+        judge.write_jsonl(data / f"{split}_single.jsonl", cut)
     # the single-turn bench: the questions of the bench seeds, half harmful, half benign
     seeds = [s for s in read(folder / "world/seeds.jsonl") if s["split"] == "bench"]
     judge.write_jsonl(folder / "world/bench_single.jsonl", seeds)
@@ -97,7 +99,9 @@ def prepare(folder, seed):
 
 def train(folder, name, seed):
     script, start, data, flags = ARMS[name]
-    words = [sys.executable, script] if script.endswith(".py") else [sys.executable, __file__, script]
+    words = [sys.executable, script]
+    if not script.endswith(".py"):
+        words.insert(1, __file__)
     words += ["--model", str(folder / "world/base"), "--data", str(folder / f"data/{data}.jsonl")]
     words += ["--out", str(folder / name), "--seed", str(seed)]
     if start:

@@ -117,9 +117,9 @@ def print_hours(size):
     """
     For the paper's 12,934 SFT, 2,000 RL and 3,227 bench dialogues of 6.35, 8.33 and 8.55 turns. A
     turn has 280 tokens, 220 of them the reply, and a dialogue 350 more. The longest reply of a
-    batch has 400 tokens, the longest dialogue 10 turns. There are 2 epochs of SFT and 1 of GRPO. Training
-    reaches 30 % of the card's bf16 rate, and a decode step takes twice the time to read weights and
-    cache. A call to a server has 2,000 tokens, and a server answers 4 calls per second.
+    batch has 400 tokens, the longest dialogue 10 turns. There are 2 epochs of SFT and 1 of GRPO.
+    Training reaches 30 % of the card's bf16 rate, and a decode step takes twice the time to read
+    weights and cache. A call to a server has 2,000 tokens; a server answers 4 calls per second.
     """
     hidden, _, layers, heads, kv_heads, vocabulary = SHAPES[size]
     dense = memory(size, LONG)["rollout"]["dense copy"]                         # bytes

@@ -1,4 +1,4 @@
-"""A tutor that scores like toy.py and leaves every next turn to the script: --tutor scripted_tutor."""
+"""toy.py's tutor, which leaves every next turn to the script: --tutor scripted_tutor."""
 import json
 
 import toy
