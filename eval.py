@@ -660,8 +660,14 @@ def tables_of(results):
     # metrics by arm
     arms, tables = results["arms"], []
     rows = [metric_row(name, arm["metrics"]) for name, arm in arms.items()]
+    header = ["", *METRICS]
+    if results["shared"]["attacker"] == "adaptive":
+        # the share of the later turns that the attacker did not write
+        header.append("scripted")
+        for row, arm in zip(rows, arms.values()):
+            row.append(percent(arm["scripted"]))
     title = f"{results['shared']['attacker']} attacker: % [95 % interval] n"
-    tables.append((title, ["", *METRICS], rows))
+    tables.append((title, header, rows))
 
     # survival by turn, once per definition of a failure
     turns = [""] + [f"turn {t + 1}" for t in range(MAX_TURNS)]

@@ -48,7 +48,7 @@ from peft.utils.integrations import dequantize_module_weight    # after sft, whi
 # -----------------------------------------------------------------------------
 # command line
 
-# What --like sets. docs/paper_vs_code.md has the source of each value.
+# What --like sets. docs/paper_vs_code.md compares them.
 OURS = {"weights": (0.6, 0.3, 0.1), "scale": "unit", "format_bonus": None, "repetition_weight": 0.0,
         "alpha": 0.3, "credit": "trajectory", "divide_by_std": True, "beta": 0.1,
         "kl_loss": "corrected"}
