@@ -411,21 +411,26 @@ class Server:
     def one(self, request):
         """One request with all its attempts -> ("ok", reply) or (reason, None)."""
         # a server that refused three schemas in a row is asked without any
-        attempts, schema = 0, request.get("schema") if self.schemas_refused < 3 else None
+        schema = request.get("schema") if self.schemas_refused < 3 else None
+        attempts, refused = 0, False
         while not self.stopped:
             status, text, retry_after = post(self.url, self.key, self.body(request, schema))
             reply = self.read(text) if status == 200 else None
             if reply is not None:
-                if "schema" in request and self.schemas_refused < 3:
-                    self.schemas_refused = 0 if schema else self.schemas_refused + 1
+                if refused:
+                    self.schemas_refused += 1
+                elif schema:
+                    self.schemas_refused = 0
                 self.last_reply = time.time()
                 return "ok", reply
 
             reason = f"HTTP {status}" if status else "no answer"
             self.words[reason] = self.words_of(text)
             if schema and status and status not in BUSY:
-                schema = None                       # perhaps this server takes no schema
+                schema, refused = None, True        # perhaps this server takes no schema
                 continue
+            if status == 503 and time.time() - self.last_reply > PATIENCE / 10:
+                schema = None                       # it is loading, or says so of schemas
             if status not in BUSY:
                 attempts += 1
                 if 300 <= status < 500 or attempts == 3:

@@ -360,6 +360,13 @@ def test_ctrl_c_stops_at_once(server, behave):
     assert time.time() - begin < 1.5
 
 
+def test_a_server_that_is_busy_for_every_schema_is_asked_without_one(server, monkeypatch):
+    monkeypatch.setattr(judge, "PATIENCE", 3)
+    server.behave = lambda n, body: error(503, "no grammar") if "response_format" in body else None
+    ask = client(server)
+    assert ask(requests_of(3)) == toy.ask(requests_of(3)) and ask.schemas_refused == 0
+
+
 def test_rare_errors_do_not_turn_schemas_off(server):
     server.behave = lambda n, body: n % 5 == 2 and error(500, "hiccup")
     client(server, concurrency=1)(requests_of(20))
