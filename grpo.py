@@ -333,12 +333,12 @@ def generate(student, lm, cache, active, features, args):
         else:
             token, logp = step(used + i + 1)(*inputs)
 
-    replies, reply_logps = [], []
+    replies, all_logps = [], []
     for ids, row in zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()):
         ids = [token for token in ids if token >= 0]
         replies.append(ids)
-        reply_logps.append(row[:len(ids)])
-    return replies, reply_logps
+        all_logps.append(row[:len(ids)])
+    return replies, all_logps
 
 
 def open_turn(student, rollout, args):
@@ -392,8 +392,8 @@ def rollout(student, lm, dialogues, keys, tutor, images, args):
         # replies
         features = [images[path] for r in active for path in r.user[1]]
         replies, logps = generate(student, lm, cache, active, features, args)
-        for r, ids, reply_logps in zip(active, replies, logps):
-            close_turn(student, r, ids, reply_logps)
+        for r, ids, row in zip(active, replies, logps):
+            close_turn(student, r, ids, row)
 
         # scores and the next user turns
         tutor(active)

@@ -561,7 +561,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:       # neither is true of NaN
+        if not low <= value <= high or value == math.inf:       # NaN is between no two numbers
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return parse

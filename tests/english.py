@@ -24,7 +24,6 @@ english, with PYTHONPATH=tests.
 import argparse
 import functools
 import importlib.util
-import json
 import random
 import re
 import sys

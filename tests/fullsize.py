@@ -203,7 +203,7 @@ def run_doctor(base, row):
     for nf4 in (True, False):
         # a policy that differs from its reference
         student, dense = load(base, nf4)
-        if not nf4:
+        if not nf4:     # in the round before, `reference` was computed in NF4
             d = logps("reference") - reference
             yield check("KL per token, NF4 to bf16", (torch.expm1(d) - d).mean(), 0.1)
         for name, p in student.model.named_parameters():

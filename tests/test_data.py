@@ -297,6 +297,15 @@ def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues(stub, tmp_path, monk
     assert [printed.count(f"dropped 1 {kind}: ") for kind in synth.KINDS] == [3, 3, 3]
 
 
+def test_a_fingerprint_is_about_words_kinds_and_pictures(folder):
+    Image.new("RGB", (30, 30), "red").save(folder / "y.png")
+    found = set()
+    for change in ({}, {"question": "r?"}, {"kind": "benign"}, {"image": "y.png"}):
+        path = write(folder, seed(**change))
+        found.add(synth.fingerprint(synth.read_dialogues([path])))
+    assert len(found) == 4
+
+
 def test_rl_repeats_no_sft_dialogue_and_no_dialogue_comes_twice(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "expander", lambda d: {"turns": [d["kind"], "the same words"]})
     monkeypatch.setattr(synth, "TURNS", dict.fromkeys(synth.KINDS, (2, 2)))
@@ -320,6 +329,10 @@ def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub,
             elif (old != new).any():
                 noises.append((new - old)[..., 1:].std() / 255)
     assert 12 < sum(texts) < 38 and 12 < len(noises) < 38 and 0.028 < np.mean(noises) < 0.032
+    # everybody who is asked sees what the student will see
+    shown = {request["image"] for _, _, request in stub.asked[3:] if request["image"]}
+    written = (tmp_path / "out/images").glob("*.png")
+    assert shown and shown <= {synth.image_png(str(path)) for path in written}
     for number in ("0", "1"):
         make(tmp_path, *flags, "--seed", number, out=number)
     assert files_in(tmp_path / "0") == files_in(tmp_path / "out") != files_in(tmp_path / "1")

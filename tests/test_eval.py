@@ -95,11 +95,12 @@ def test_survival_by_hand_under_both_definitions():
     assert curves["paper"]["value"][:4] == pytest.approx([5 / 6, 5 / 12, 5 / 12, 0])
 
 
-def test_paired_differences(tmp_path):
+def test_paired_differences(tmp_path, capsys):
     """40 of 60 dialogues are harmful in A, 15 in B. One that only A has scored does not count."""
     a = [sample(str(i), [-1 if i < 40 else 3]) for i in range(60)] + [sample("z", [-1])]
     b = [sample(str(i), [-1 if 30 <= i < 45 else 3]) for i in range(60)] + [sample("z", [None])]
     assert "b: 0 dialogues are missing, and 1 have turns without" in compare(tmp_path, a, b)
+    assert "] 60 + 1 ?" in capsys.readouterr().out
     pair, = json.loads((tmp_path / "results.json").read_text())["pairs"]
     entry, curve = pair["metrics"]["any_harm"], pair["survival"]["harm"]
     assert entry["n"] == 60 and entry["value"] == pytest.approx(-25 / 60)
@@ -141,7 +142,9 @@ def test_arms_that_lack_different_dialogues(tmp_path, capsys):
 @pytest.mark.parametrize("file, text", [
     ("args.json", "{"), ("args.json", "[]"), ("args.json", "{}"),
     ("samples.jsonl", "{"), ("samples.jsonl", "[]"), ("samples.jsonl", "{}"),
-    ("samples.jsonl", json.dumps(sample("1", [3], images=["gone"])))])
+    ("samples.jsonl", json.dumps(sample("1", [3], images=["gone"]))),
+    ("samples.jsonl", json.dumps(sample("1", [99]))),
+    ("samples.jsonl", "\n".join(2 * [json.dumps(sample("1", [3]))]))])
 def test_a_damaged_folder_is_one_line_and_exit_code_2(file, text, tmp_path, capsys):
     (write_arm(tmp_path, "x", [sample("1", [3])]) / file).write_text(text + "\n")
     assert run(E.compare, tmp_path, "--out", tmp_path / "out") == 2
@@ -162,6 +165,7 @@ def test_training_seeds(last, shown, tmp_path, capsys):
     assert run(E.seeds, *files) == 0
     printed = capsys.readouterr().out
     assert all(text in printed for text in shown)
+    assert run(E.seeds, *files, *20 * files[:1]) == 0       # more seeds than the table of t has
     files[1].write_text("{}")
     assert run(E.seeds, *files) == 2
 

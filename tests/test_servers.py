@@ -327,7 +327,9 @@ def test_an_attacker_that_cannot_be_read_makes_an_evaluation_incomplete(
     words = words.format(url=server.url, data=world).split()
     assert "incomplete" in last_words(evaluation.main, words)
     results = json.loads(Path(tmp_path, "out/results.json").read_text())
-    assert results["arms"]["x"]["scripted"] > 0.5 and results["incomplete"]
+    share = results["arms"]["x"]["scripted"]
+    table = capsys.readouterr().out.split("adaptive attacker")[1].split("\n\n")[1]
+    assert share > 0.5 and results["incomplete"] and f"{100 * share:.1f}" in table
 
 
 def test_calibration_of_a_judge(monkeypatch, capsys):
