@@ -497,9 +497,10 @@ def preflight(seeds, agents, calls):
             continue
         # a role without a back end of its own adds its calls to those of the generator
         n_calls = sum(calls[other] for other in asks if asks[other] is ask)
-        reader = partial(read, "prober" if role == "generator" else role)
-        judge.preflight(role, ask, [trial(role, seed) for seed in seeds[:3]],
-                        judge.read_tutor if role == "scorer" else reader, n_calls)
+        reader = judge.read_tutor
+        if role != "scorer":
+            reader = partial(read, "prober" if role == "generator" else role)
+        judge.preflight(role, ask, [trial(role, seed) for seed in seeds[:3]], reader, n_calls)
 
 
 def probe(seeds, agents):
