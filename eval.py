@@ -39,10 +39,10 @@ import numpy as np
 from tqdm import tqdm
 
 import judge
+from data.dialogues import (fingerprint, image_png, parts_of, read_dialogues, text_of, thumbnail,
+                            user_turns)
 from grpo import Rollout, dense_copy, merge_adapter, next_user, rollout, tutor_requests
 from sft import encode_images, load_adapter, load_student, system_of
-from synth import (fingerprint, image_png, parts_of, read_dialogues, text_of, thumbnail,
-                   user_turns)
 
 MAX_TURNS = 10
 HARMFUL = ("red_team", "obfuscated")        # kinds of dialogues; the third is benign

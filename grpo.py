@@ -38,11 +38,11 @@ import torch
 
 import judge
 import tcsr
+from data.dialogues import fingerprint, image_png, read_dialogues, text_of, thumbnail, user_turns
 from sft import (Row, adamw, add_lora, bracketed, check_finite, encode_images, hidden_states,
                  load_adapter, load_checkpoint, load_student, micro_batches, mrope_positions,
                  open_log, optimizer_step, policy_logits, reply_logps, save_adapter,
                  save_checkpoint, stop_signals, system_of, use_adapter, user_row, write_row)
-from synth import fingerprint, image_png, read_dialogues, text_of, thumbnail, user_turns
 from peft.utils.integrations import dequantize_module_weight    # after sft, which quiets peft
 
 # -----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (Qwen2VLI
 from transformers.utils import cached_file
 
 import judge
-from synth import fingerprint, open_image, parts_of, read_dialogues, text_of, user_turns
+from data.dialogues import fingerprint, open_image, parts_of, read_dialogues, text_of, user_turns
 
 # -----------------------------------------------------------------------------
 # command line

@@ -18,11 +18,11 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import synth
+from data.dialogues import SPLITS, read_dialogues, text_of, user_turns
 
 
 def spoken(dialogue):
-    turns = [synth.text_of(content) for content, _ in synth.user_turns(dialogue)]
+    turns = [text_of(content) for content, _ in user_turns(dialogue)]
     return " ".join(turns).lower().split()
 
 
@@ -53,10 +53,10 @@ def main():
     parser.add_argument("--limit", type=int, default=500, help="default 500; it compares all pairs")
     args = parser.parse_args()
     splits = {}
-    for name in synth.SPLITS:
+    for name in SPLITS:
         file = Path(args.folder, f"{name}.jsonl")
         if file.is_file() and file.stat().st_size:
-            splits[name] = synth.read_dialogues([file])
+            splits[name] = read_dialogues([file])
     if not splits:
         parser.error(f"{args.folder}: no dialogues")
 
@@ -82,7 +82,7 @@ def main():
                   for i, text in enumerate(texts[name])]
         print(f"{name}: self-BLEU-4 {sum(scores) / len(scores):.3f}")
         print(f"{name}: strategies", dict(Counter(d["strategy"] for d in rows)))
-        print(f"{name}: turns", sorted(Counter(len(synth.user_turns(d)) for d in rows).items()))
+        print(f"{name}: turns", sorted(Counter(len(user_turns(d)) for d in rows).items()))
     sys.exit(int(leaks > 0))
 
 

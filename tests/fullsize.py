@@ -26,8 +26,8 @@ import grpo
 import sft
 import torch
 import toy
+from data.dialogues import seed_to_dialogue
 from eval import make_attacker
-from synth import seed_to_dialogue
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 OUT, RANK, DEVICE = Path("out/fullsize"), 32, "cuda" if torch.cuda.is_available() else "cpu"

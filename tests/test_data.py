@@ -16,6 +16,8 @@ from PIL import Image
 import judge
 import synth
 from conftest import refused
+from data.dialogues import (FORMATS, KINDS, SPLITS, fingerprint, image_png, open_image,
+                            read_dialogues, text_of, user_turns)
 
 HI = [{"type": "image"}, {"type": "text", "text": "hi"}]
 
@@ -74,17 +76,17 @@ BAD = {     # how a message begins: records in which this field is bad
 def test_a_bad_record_is_named_by_file_line_and_field(folder, capsys, field):
     for bad in BAD[field]:
         path = write(folder, record(id="appears twice"), bad, record(id="ok"))
-        lines = refused(capsys, synth.read_dialogues, [path])
+        lines = refused(capsys, read_dialogues, [path])
         assert len(lines) == 2 and lines[0].startswith(f"{path}:2: {field}"), lines
 
 
 def test_the_first_twenty_are_named_all_are_counted_and_no_pipe_is_waited_for(folder, capsys):
     path = write(folder, record(id="ok"), *[record(id=f"b{i}", kind="?") for i in range(33)])
-    lines = refused(capsys, synth.read_dialogues, [path])
+    lines = refused(capsys, read_dialogues, [path])
     assert len(lines) == 21 and f"{path}:21: kind" in lines[19] and "33" in lines[20]
     os.mkfifo(folder / "pipe")
     for path in (folder, folder / "gone.jsonl", folder / "pipe", write(folder, name="empty.jsonl")):
-        assert len(refused(capsys, synth.read_dialogues, [path])) == 1
+        assert len(refused(capsys, read_dialogues, [path])) == 1
 
 
 def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
@@ -98,14 +100,14 @@ def test_dialogues_with_and_without_replies_and_seeds_become_user_turns(folder):
         (seed(image=None), [("q?", [])])]
     rows = [json.dumps({**row, "id": str(i)}).encode() for i, (row, _) in enumerate(cases)]
     (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))      # BOM, CRLF
-    dialogues = synth.read_dialogues([folder / "d.jsonl"])
-    assert [synth.user_turns(d) for d in dialogues] == [turns for _, turns in cases]
+    dialogues = read_dialogues([folder / "d.jsonl"])
+    assert [user_turns(d) for d in dialogues] == [turns for _, turns in cases]
 
 
 def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     def pixels(image, name, **more):
         image.save(tmp_path / name, **more)
-        return np.asarray(synth.open_image(tmp_path / name)).astype(int)
+        return np.asarray(open_image(tmp_path / name)).astype(int)
     # a ramp stays a ramp; Pillow alone makes 16 bits white, and floats black
     ramp = np.linspace(0, 1, 256).reshape(16, 16)
     for values, name in ((np.uint16(65535 * ramp), "grey.png"), (np.float32(ramp), "float.tif")):
@@ -125,16 +127,16 @@ def test_a_picture_is_opened_as_a_person_sees_it(tmp_path):
     assert seen.shape == (40, 20, 3) and seen[5, :, 0].min() > 200 > 50 > seen[35, :, 0].max()
     # a back end gets at most 512 x 512 pixels
     Image.new("CMYK", (1500, 700)).save(tmp_path / "big.jpg")
-    assert Image.open(io.BytesIO(synth.image_png(tmp_path / "big.jpg"))).size[0] == 512
+    assert Image.open(io.BytesIO(image_png(tmp_path / "big.jpg"))).size[0] == 512
 
 
 def test_six_formats_open_and_other_broken_or_outsized_pictures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     path, good, thin, large, bomb = tmp_path / "p", (40, 30), (2, 401), (50, 50), (99, 99)
     files = [b"", b"<svg/>"]
-    for kind in synth.FORMATS:
+    for kind in FORMATS:
         Image.effect_noise(good, 99).convert("RGB").save(path, kind)
-        assert synth.open_image(path).mode == "RGB"
+        assert open_image(path).mode == "RGB"
         files.append(path.read_bytes()[:path.stat().st_size // 2])
     for kind, size in (("EPS", good), ("PPM", good), ("PNG", thin), ("PNG", large), ("PNG", bomb)):
         Image.new("RGB", size).save(path, kind)
@@ -142,7 +144,7 @@ def test_six_formats_open_and_other_broken_or_outsized_pictures_are_named(tmp_pa
     for data in files:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"image {path}: "):
-            synth.open_image(path)
+            open_image(path)
 
 
 def split(folder, seeds, shares, number=0):
@@ -164,7 +166,7 @@ def test_splits_keep_seed_ids_and_pictures_together_and_have_their_shares(tmp_pa
             assert {mine} == {other for (t, q, _), other in zip(seeds, found) if s == t or p == q}
         assert split(tmp_path, seeds[::-1], (1, 1, 1), number) == found[::-1]
     found = split(tmp_path, [(f"s{i}", f"p{i}", "") for i in range(400)], (0.75, 0.10, 0.15))
-    assert [found.count(name) for name in synth.SPLITS] == pytest.approx([300, 40, 60], abs=25)
+    assert [found.count(name) for name in SPLITS] == pytest.approx([300, 40, 60], abs=25)
     # the first three hang together by a seed_id and a picture, and one has a fixed split
     chain = [("s1", "p1", ""), ("s1", "p2", ""), ("s3", "p2", "rl"), ("s4", "p4", "")]
     assert split(tmp_path, chain, (0, 0, 1)) == ["rl", "rl", "rl", "bench"]
@@ -208,7 +210,7 @@ def write_seeds(folder, n):
     for i in range(n):
         Image.new("RGB", (32, 32), (i, 99, 99)).save(folder / f"{i}.png")
         rows.append(seed(id=f"s{i}", seed_id=f"s{i}", image=f"{i}.png" if i < n - 1 else None,
-                         question=f"q{i}?", kind="harmful", split=synth.SPLITS[i % 3]))
+                         question=f"q{i}?", kind="harmful", split=SPLITS[i % 3]))
     write(folder, *rows, name="seeds.jsonl")
 
 
@@ -217,7 +219,7 @@ def make(folder, *flags, out="out"):
     sys.modules["stub"].asked.clear()
     synth.main(["--seeds", f"{folder}/seeds.jsonl", "--generator", "stub", "--perturb", "0",
                 "--out", f"{folder}/{out}", *flags])
-    files = [folder / out / f"{name}.jsonl" for name in synth.SPLITS]
+    files = [folder / out / f"{name}.jsonl" for name in SPLITS]
     return {row["id"]: row for path in files for row in judge.read_log(path)}
 
 
@@ -233,7 +235,7 @@ def documents(stub, *roles):
 def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub, tmp_path):
     """Equations 7 to 9, and 12: SFT dialogues are played, and others stay user turns."""
     made = make(tmp_path, "--sft_strategies", "yes_ladder", "context_switch")
-    assert Counter(d["kind"] for d in made.values()) == {kind: 12 for kind in synth.KINDS}
+    assert Counter(d["kind"] for d in made.values()) == {kind: 12 for kind in KINDS}
     for document in documents(stub, "expander"):
         # a red-team dialogue follows the strategy that was drawn, a benign one uses those of RL
         rewrite, number = document["question"].strip("?").split(" q")
@@ -247,7 +249,7 @@ def test_harmful_seeds_give_a_third_each_of_benign_obfuscated_and_red_team(stub,
         assert len(d["images"]) == (number != "11")
     # the red agent sees the template and the dialogue, and both versions of a turn are kept
     for d in made.values():
-        users = [synth.text_of(content) for content, _ in synth.user_turns(d)]
+        users = [text_of(content) for content, _ in user_turns(d)]
         rewritten = [f"after {t} replies, {text}" for t, text in enumerate(d["template"])]
         assert users == (rewritten if d["split"] == "sft" else d["template"])
         assert len(d["messages"]) == len(users) * (2 if d["split"] == "sft" else 1)
@@ -261,7 +263,7 @@ def test_shares_weigh_the_kinds_and_benign_seeds_give_benign_dialogues_only():
         for i in range(400):
             one = seed(id=f"{i}", kind=kind, source="", split="bench", images=[])
             rows += synth.plan(one, args)
-        counts = [sum(row["kind"] == kind for row in rows) for kind in synth.KINDS]
+        counts = [sum(row["kind"] == kind for row in rows) for kind in KINDS]
         assert counts == pytest.approx(expected, abs=40)
         assert {row["n_turns"] for row in rows} == {*range(2, 11)}      # the paper's, on the bench
 
@@ -294,7 +296,7 @@ def test_keep_drops_unsafe_unhelpful_and_unscored_dialogues(stub, tmp_path, monk
     why = {row["id"][:2]: row["why"] for row in judge.read_log(tmp_path / "out/dropped.jsonl")}
     assert kept == {"s9"} and [*why] == ["s0", "s3", "s6"] and len({*why.values()}) == 3
     printed = capsys.readouterr().out
-    assert [printed.count(f"dropped 1 {kind}: ") for kind in synth.KINDS] == [3, 3, 3]
+    assert [printed.count(f"dropped 1 {kind}: ") for kind in KINDS] == [3, 3, 3]
 
 
 def test_a_fingerprint_is_about_words_kinds_and_pictures(folder):
@@ -302,13 +304,13 @@ def test_a_fingerprint_is_about_words_kinds_and_pictures(folder):
     found = set()
     for change in ({}, {"question": "r?"}, {"kind": "benign"}, {"image": "y.png"}):
         path = write(folder, seed(**change))
-        found.add(synth.fingerprint(synth.read_dialogues([path])))
+        found.add(fingerprint(read_dialogues([path])))
     assert len(found) == 4
 
 
 def test_rl_repeats_no_sft_dialogue_and_no_dialogue_comes_twice(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "expander", lambda d: {"turns": [d["kind"], "the same words"]})
-    monkeypatch.setattr(synth, "TURNS", dict.fromkeys(synth.KINDS, (2, 2)))
+    monkeypatch.setattr(synth, "TURNS", dict.fromkeys(KINDS, (2, 2)))
     # b has the words and the picture of a; for the RL seed d the words alone suffice
     rows = [("a", 0, "sft"), ("b", 0, "sft"), ("c", 1, "sft"), ("d", 2, "rl"), ("e", 3, "bench")]
     write(tmp_path, *[seed(id=name, seed_id=name, image=f"{picture}.png", split=split)
@@ -332,7 +334,7 @@ def test_a_share_of_the_pictures_gets_noise_or_a_text_and_the_seed_decides(stub,
     # everybody who is asked sees what the student will see
     shown = {request["image"] for _, _, request in stub.asked[3:] if request["image"]}
     written = (tmp_path / "out/images").glob("*.png")
-    assert shown and shown <= {synth.image_png(str(path)) for path in written}
+    assert shown and shown <= {image_png(str(path)) for path in written}
     for number in ("0", "1"):
         make(tmp_path, *flags, "--seed", number, out=number)
     assert files_in(tmp_path / "0") == files_in(tmp_path / "out") != files_in(tmp_path / "1")

@@ -10,6 +10,7 @@ import english
 import judge
 import synth
 import toy
+from data.dialogues import read_dialogues, text_of, user_turns
 
 SIGNED, CLEAR = ("box", "red", True), ("box", "red", False)         # its steps: drax, plim, zent
 ASK = "How do I operate the box?"
@@ -129,15 +130,15 @@ def data(tmp_path_factory):
 
 def test_synth_gets_dialogues_and_system_messages_are_added(data):
     for split, least in (("sft", 10), ("rl", 6), ("bench", 6)):
-        dialogues = synth.read_dialogues([data / f"{split}_system.jsonl"])
+        dialogues = read_dialogues([data / f"{split}_system.jsonl"])
         assert len(dialogues) >= least
         for d in dialogues:
             shape, colour, marked = toy.look(open(d["images"][0], "rb").read())
             assert d["messages"][0]["role"] == "system"
             assert english.moves_in(d["messages"][0]["content"]) == {*toy.moves(shape, colour)}
-            users = synth.user_turns(d)
+            users = user_turns(d)
             assert 2 <= len(users) <= 4
-            assert all(english.read_form(synth.text_of(content)) for content, _ in users)
+            assert all(english.read_form(text_of(content)) for content, _ in users)
             if split == "sft" and marked:
                 replies = [m["content"] for m in d["messages"] if m["role"] == "assistant"]
                 assert len(replies) == len(users) and all(judge.split_reply(r)[2] for r in replies)

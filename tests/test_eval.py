@@ -11,9 +11,9 @@ import pytest
 import eval as E
 import judge
 import serve_toy
-import synth
 import toy
 from conftest import HOSTILE
+from data.dialogues import image_png
 
 VERDICT = json.dumps({"rationale": "r", "harmlessness": 3, "helpfulness": 3, "refused": False})
 EVIL = "\x1b[2J\x07\u202e</script><script>alert(1)</script><!--"
@@ -221,7 +221,7 @@ def test_every_picture_is_in_the_message_it_belongs_to(mixed, chats):
     chat = chats[2][1]                      # dialogue d, with two pictures in its second turn
     assert chat[0] == {"role": "user", "content": "hm"}
     assert chat[1] == {"role": "assistant", "content": student(chat[:1])}
-    first, second = [judge.image_part(synth.image_png(path)) for path in mixed[3]["images"]]
+    first, second = [judge.image_part(image_png(path)) for path in mixed[3]["images"]]
     texts = [{"type": "text", "text": text} for text in ("a late picture ", " and another")]
     assert first != second and chat[2]["content"] == [first, texts[0], second, texts[1]]
     assert chats[0][2][0] == {"role": "system", "content": "be kind"}

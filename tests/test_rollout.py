@@ -11,7 +11,7 @@ import sft
 import tcsr
 import toy
 from conftest import dialogue, grpo_args, naive_logits, naive_logps, scripted, shake
-from synth import text_of, user_turns
+from data.dialogues import text_of, user_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
