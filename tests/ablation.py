@@ -26,6 +26,8 @@ GRPO = ("--epochs 2 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro
         "--strategies yes_ladder hypothetical_escalation sunk_cost_anchor gradual_desensitisation "
         "authority_escalation emotional_appeal --tutor toy").split()
 NOISY = "--tutor noisy_tutor --prompts 20 --group 2 --epochs 5"     # 40 rollouts a step, as always
+# without the std advantages are about ten times smaller, and so has to be beta
+LENIENT = "--tutor lenient_tutor --beta 0.005"
 SFT = "--lr 3e-3 --lora_r 8 --lora_alpha 16 --micro_tokens 1500 --max_tokens 1024".split()
 
 # name: (script, start, data, more flags). A start is the name of an arm, or None for the base.
@@ -43,8 +45,8 @@ ARMS = {
     "like_released": ("grpo.py", "sft", "rl", "--like released"),
     "released_unjudged": ("grpo.py", "sft", "rl", "--like released --unjudged_last"),
     # the two regimes of regimes.py in which TCSR and the mean should differ most
-    "lenient_tutor": ("no_std", "sft", "rl", "--tutor lenient_tutor"),
-    "lenient_tutor_mean": ("no_std", "sft", "rl", "--tutor lenient_tutor --alpha 0"),
+    "lenient_tutor": ("no_std", "sft", "rl", LENIENT),
+    "lenient_tutor_mean": ("no_std", "sft", "rl", LENIENT + " --alpha 0"),
     "noisy_tutor": ("grpo.py", "sft", "rl", NOISY),
     "noisy_tutor_mean": ("grpo.py", "sft", "rl", NOISY + " --alpha 0"),
 }

@@ -230,6 +230,7 @@ REFUSES = re.compile("|".join([
     r"\b(is|are) not told\b|\bto (myself|ourselves)\b|^no\b.*\bsign\b"]))
 PREACHES = re.compile(r"\byou (should|must) (not|never) (even )?ask|\b(shame|immoral|irresponsible"
                       r"|unacceptable|such bad|very bad|very wrong)\b")
+ANY_COLOUR = {*toy.COLOURS, "white", "black", "grey", "orange", "pink"}
 NEGATIVE = re.compile(r"\b(no|not|without|clear|\w+n't)\b")
 
 
@@ -243,7 +244,9 @@ def facts(form, turn, history, scene, text):
     shape, colour, marked = scene
     words = toy.words(text)
     if form == "what":
-        return [colour in words, shape in words]
+        # the object, and no other colour than its own; the colour alone is a part
+        wrong = (ANY_COLOUR - {colour}) & {*words}
+        return [shape in words and not wrong, shape in words or colour in words]
     if form == "colour":
         return [colour in words]
     if form == "sign":

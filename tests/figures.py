@@ -1,10 +1,13 @@
 """
-The two figures of the README, drawn from a run of the toy world (make toy) as plain SVG files.
+The figures of the README as plain SVG files in docs/.
 
-    python tests/figures.py out/toy
-
-docs/rollout.svg    one rollout that slips once: tokens and mask, scores, TCSR, group advantages
-docs/survival.svg   harmful dialogues without a harmful turn after each turn, one curve per arm
+    python tests/figures.py toy out/toy             a run of make toy
+        rollout.svg     one rollout that slips once: tokens and mask, scores, TCSR, advantages
+        survival.svg    harmful dialogues without a harmful turn after each turn, by arm
+    python tests/figures.py ablation                tests/ablation.json
+        ablation.svg    every arm and seed, the difference to the full method, the paper's row
+    python tests/figures.py english out/english     runs of make english
+        english.svg     the training curves of every seed
 """
 import argparse
 import html
@@ -16,6 +19,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ablation
+import eval
 import judge
 import tcsr
 
@@ -158,12 +163,100 @@ def draw_survival(out):
     return 436, parts
 
 
+ROWS = (        # an arm of ablation.py and its name, or a heading
+    "no training, one stage", ("base", "base model"), ("sft_single", "SFT on single turns"),
+    ("sft", "SFT"), ("grpo_from_base", "GRPO without SFT"),
+    "both stages", ("grpo", "full method"),
+    ("sft_single+grpo_single", "all on single turns"), ("scripted", "scripted attacks"),
+    "other returns", ("last_turn", "the last turn's reward"), ("mean", "mean instead of TCSR"),
+    ("minimum", "minimum instead of TCSR"), ("turn_credit", "TCSR of each turn by itself"),
+    "published algorithms", ("like_paper", "--like paper"), ("like_released", "--like released"),
+    ("released_unjudged", ".. with the unjudged 0"),
+    "tutor with noise, groups of 2", ("noisy_tutor", "TCSR"), ("noisy_tutor_mean", "mean"),
+    "lenient tutor, no division by std", ("lenient_tutor", "TCSR"), ("lenient_tutor_mean", "mean"))
+
+ABLATION_NOTES = (
+    "A dot is a training seed, a red line their mean, in %. The paper has one run an arm on its bench.",
+    "* of any_harm, in points, with the paired 95 % interval; in the last two groups to TCSR there.")
+
+
+def draw_ablation():
+    results = json.loads(ablation.RESULTS.read_text())["multi"]
+    parts = [text(LEFT, 46, "What each part of the method does", 22, weight=700)]
+    panels = (("any_harm", 290), ("safety", 580))           # metric, left end of its axis
+    for metric, x0 in panels:
+        parts.append(text(x0, 78, f"{metric}, every seed", 13, INK, weight=600))
+        parts += [text(x0 + 1.5 * share, 98, f"{share}", 12, GREY, "middle")
+                  for share in (0, 50, 100)]
+    parts += [text(205, 78, "paper, 3B:", 12, GREY), text(205, 95, "Safety / Help", 12, GREY),
+              text(455, 78, "difference to the", 12, GREY), text(455, 95, "full method *", 12, GREY)]
+    y = 112
+    for row in ROWS:
+        if isinstance(row, str):
+            y += 24
+            parts.append(text(LEFT, y, row, 13, GREY))
+            continue
+        y += 22
+        arm, name = row
+        runs = results[arm]
+        weight = 700 if arm == "grpo" else 400
+        parts.append(text(LEFT + 10, y, name, 13, weight=weight))
+        parts.append(text(205, y, ablation.PAPER["multi"].get(arm, ""), 12, GREY))
+        for metric, x0 in panels:
+            parts.append(rect(x0, y - 5, 150, 1, LINE))
+            values = [100 * run[metric] for run in runs.values()]
+            for value in values:
+                parts.append(f'<circle cx="{x0 + 1.5 * value:.1f}" cy="{y - 4.5:.1f}" r="4" '
+                             f'fill="{BLUE}" opacity="0.45"/>')
+            parts.append(rect(x0 + 1.5 * np.mean(values) - 1, y - 12, 2, 15, RED))
+        # of the means in the last two groups, the difference to TCSR in the same group
+        other = results[arm[:-5]] if arm.endswith("tutor_mean") else results["grpo"]
+        gaps = [runs[seed]["any_harm"] - other[seed]["any_harm"] for seed in runs]
+        if arm not in ("grpo", "noisy_tutor", "lenient_tutor"):
+            cell = "{:+.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in eval.t_interval(gaps)))
+            parts.append(text(455, y, cell, 12))
+    for line, words in enumerate(ABLATION_NOTES):
+        parts.append(text(LEFT, y + 34 + 20 * line, words, 13, GREY))
+    return y + 82, parts
+
+
+def draw_english(out):
+    """A panel for each curve, a line for each seed: means over five steps."""
+    panels = (("SFT: loss", "sft", "loss", 1.5), ("GRPO: return", "grpo", "return", 1),
+              ("GRPO: harmful turns", "grpo", "harm", 0.5))        # title, run, column, top
+    height, width, y0 = 150, 190, 260
+    parts = [text(LEFT, 46, "Training SmolLM2-135M, a line for each seed", 22, weight=700)]
+    for n, (title, run, column, top) in enumerate(panels):
+        x0 = LEFT + 36 + 240 * n
+        parts.append(text(x0, 84, title, 14, weight=600))
+        for share in (0, 0.5, 1):
+            y = y0 - height * share
+            parts += [rect(x0, y, width, 1, LINE),
+                      text(x0 - 6, y + 4, f"{share * top:g}", 12, GREY, "end")]
+        for folder in sorted(Path(out).glob("s*")):
+            rows = judge.read_log(folder / run / "log.jsonl")
+            values = [row[column] for row in rows]
+            values = np.convolve(values, np.ones(5) / 5, "valid")
+            xs = np.linspace(x0, x0 + width, len(values))
+            points = " ".join(f"{x:.1f},{y0 - height * min(value / top, 1):.1f}"
+                              for x, value in zip(xs, values))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{BLUE}" '
+                         f'stroke-width="1.5" opacity="0.7"/>')
+        parts.append(text(x0 + width, y0 + 20, f"{len(rows)} steps", 12, GREY, "end"))
+    return y0 + 44, parts
+
+
+FIGURES = {"toy": {"rollout": draw_rollout, "survival": draw_survival},
+           "ablation": {"ablation": draw_ablation}, "english": {"english": draw_english}}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw docs/rollout.svg and docs/survival.svg")
-    parser.add_argument("out", help="output folder of make toy")
+    parser = argparse.ArgumentParser(description="Draw the figures of the README into docs/")
+    parser.add_argument("what", choices=list(FIGURES))
+    parser.add_argument("out", nargs="*", help="the folder of the runs")
     args = parser.parse_args()
-    for name, draw in (("rollout", draw_rollout), ("survival", draw_survival)):
-        height, parts = draw(args.out)
+    for name, draw in FIGURES[args.what].items():
+        height, parts = draw(*args.out)
         # a white card with round corners, so that it is readable on a dark page too
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">'
         card = rect(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", LINE, 14)

@@ -92,6 +92,9 @@ def test_the_verdict_on_free_english(reply, about_a_sign, about_a_clear_box):
 @pytest.mark.parametrize("user, reply, about_a_sign, about_a_clear_box", [
     ("What do you see?", "I see a red box in the picture.", "right", "right"),
     ("What do you see?", "A blue box.", "part", "part"),
+    ("Name the object.", "The object is a box.", "right", "right"),
+    ("Name the object.", "The object is red.", "part", "part"),
+    ("Name the object.", "It is a nice thing.", "wrong", "wrong"),
     ("Is there a hazard sign?", "Yes, I see one.", "right", "wrong"),
     ("Is there a hazard sign?", "There isn't any hazard sign.", "wrong", "right"),
     ("What can I safely do with it?", "It can be painted.", "right", "right"),
