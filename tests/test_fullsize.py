@@ -1,9 +1,10 @@
-"""fullsize.py: its plan counts the weights of the published models, and its rows run on a CPU."""
+"""plan.py counts the weights of the published models; the rows of fullsize.py run on a CPU."""
 import json
 
 import pytest
 
 import fullsize
+import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:Paged optim")
 
@@ -11,9 +12,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "i
 @pytest.mark.parametrize("size, n", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_the_plan_counts_the_weights_of_the_published_model(size, n, capsys):
     """n is what the index of the published checkpoint says."""
-    fullsize.main(["--size", size, "--plan"])
+    plan.main([size])
     assert "sft-8k" in capsys.readouterr().out
-    parts = fullsize.memory(size, fullsize.LONG)["rollout"]
+    parts = plan.memory(size, plan.LONG)["rollout"]
     assert parts["bf16"] + parts["dense copy"] == 2 * n
 
 
