@@ -25,8 +25,9 @@ def patched(tmp_path):
     """A function that applies a solution to a copy of the project. -> the copy's folder"""
     def apply(patch):
         shutil.copytree(ROOT / "tests", tmp_path / "tests")
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, tmp_path)
+        (tmp_path / "data").mkdir()
+        for script in [*ROOT.glob("*.py"), ROOT / "data/dialogues.py"]:
+            shutil.copy(script, tmp_path / script.relative_to(ROOT))
         subprocess.run(["git", "apply", SOLUTIONS / patch], cwd=tmp_path, check=True)
         return tmp_path
     return apply
