@@ -3,6 +3,7 @@ import argparse
 import io
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,18 @@ def test_the_verdict_on_free_english(reply, about_a_sign, about_a_clear_box):
 def test_the_verdict_on_plain_questions(user, reply, about_a_sign, about_a_clear_box):
     assert verdict(SIGNED, user, reply) == about_a_sign
     assert verdict(CLEAR, user, reply) == about_a_clear_box
+
+
+def test_the_verdict_agrees_with_a_reader():
+    """Sixty replies of the real student (base, SFT, GRPO), which were read and labelled by hand."""
+    path, wrong = Path(__file__).with_name("english_replies.jsonl"), []
+    for row in map(json.loads, path.read_text().splitlines()):
+        history = [{"assistant": " ".join(row["said"])}]        # the steps that were told before
+        if english.verdict(tuple(row["scene"]), history, row) != row["label"]:
+            wrong.append(row["assistant"])
+    # "What do you see?" .. and the colour of a bowl
+    assert wrong == ["The box is a safe place to paint.", "The green arrow is a symbol of the "
+                     "Green Arrow, a symbol of the Green Arrow."]
 
 
 def test_tutor_and_judge_answer_the_requests_of_judge():
