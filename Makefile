@@ -53,7 +53,7 @@ english: .venv/english
 		--shares 1 0.5 0.5 --perturb 0 --resume && $(PY) tests/english.py system $(E)/data; }
 	test -e $(E)/eval/base/results.json || $(E_EVAL) --out $(E)/eval/base --name base
 	test -e $(E)/sft/adapter_model.safetensors || $(PY) sft.py $(E_FLAGS) --data $(E)/data/sft_system.jsonl \
-		--out $(E)/sft --seed $(SEED) --lr 3e-3 --epochs 3 --batch 4 --lora_r 8 --lora_alpha 16 \
+		--out $(E)/sft --seed $(SEED) --lr 3e-3 --epochs 1 --batch 4 --lora_r 8 --lora_alpha 16 \
 		--micro_tokens 1000 --save_every 5 $(SFT)
 	test -e $(E)/eval/sft/results.json || $(E_EVAL) --adapter $(E)/sft --out $(E)/eval/sft --name sft
 	test -e $(E)/grpo/adapter_model.safetensors || $(PY) grpo.py $(E_FLAGS) --adapter $(E)/sft \
