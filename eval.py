@@ -39,8 +39,8 @@ import numpy as np
 from tqdm import tqdm
 
 import judge
-from data.dialogues import (fingerprint, image_png, parts_of, read_dialogues, text_of, thumbnail,
-                            user_turns)
+from data.dialogues import (fingerprint, first_picture, image_png, parts_of, read_dialogues,
+                            text_of, thumbnail, user_turns)
 from grpo import Rollout, dense_copy, merge_adapter, next_user, rollout, tutor_requests
 from sft import encode_images, load_adapter, load_student, system_of
 
@@ -199,11 +199,6 @@ def user_message(content, paths):
 # judge
 
 
-def first_picture(sample):
-    """The picture that the judge sees, None if there is none."""
-    return image_png(sample["images"][0]) if sample["images"] else None
-
-
 def judge_rollouts(ask, rollouts, args):
     """-> the records of samples.jsonl: each turn has a verdict, None if it could not be read."""
     # a record for each dialogue, and a request for each turn that shows the dialogue up to it
@@ -216,7 +211,8 @@ def judge_rollouts(ask, rollouts, args):
         samples.append(sample)
         for t, turn in enumerate(r.turns):
             turns.append(turn)
-            requests.append(judge.judge_request(r.turns[:t + 1], first_picture(sample)))
+            picture = first_picture(sample["images"])
+            requests.append(judge.judge_request(r.turns[:t + 1], picture))
 
     # one batched call for all turns; of a reply that could not be read, its text is kept
     verdicts, raw = judge.ask_and_read(ask, requests, judge.read_judge)
@@ -576,7 +572,7 @@ def load_arm(folder):
         if len({sample["id"] for sample in samples}) < len(samples):
             raise ValueError("a dialogue appears twice")
         for sample in samples:
-            first_picture(sample)
+            first_picture(sample["images"])
             for verdict in verdicts_of(sample):
                 if verdict and judge.read_judge(json.dumps({"rationale": "", **verdict})) is None:
                     raise ValueError(f"{sample['id']}: no verdict of a judge: {verdict}")
@@ -769,7 +765,7 @@ def preflight(ask, tutor, student, dialogues, args):
         content, _ = user_turns(d)[0]
         turn = {"user": text_of(content), "assistant": "I would rather not say."}
         rollouts.append(Rollout(dialogue=d, turns=[turn]))
-        requests.append(judge.judge_request([turn], first_picture(d)))
+        requests.append(judge.judge_request([turn], first_picture(d["images"])))
 
     # a run asks each of them once per turn
     calls = sum(min(MAX_TURNS, len(user_turns(d))) for d in dialogues)

@@ -38,7 +38,8 @@ import torch
 
 import judge
 import tcsr
-from data.dialogues import fingerprint, image_png, read_dialogues, text_of, thumbnail, user_turns
+from data.dialogues import (fingerprint, first_picture, read_dialogues, text_of, thumbnail,
+                            user_turns)
 from sft import (Row, adamw, add_lora, bracketed, check_finite, encode_images, hidden_states,
                  load_adapter, load_checkpoint, load_student, micro_batches, mrope_positions,
                  open_log, optimizer_step, policy_logits, reply_logps, save_adapter,
@@ -420,7 +421,7 @@ def tutor_requests(rollouts, strategies, max_turns):
     """One request per rollout: score its last turn, and write the next one (equation 17)."""
     requests = []
     for r in rollouts:
-        image = image_png(r.dialogue["images"][0]) if r.dialogue["images"] else None
+        image = first_picture(r.dialogue["images"])
         rest = rest_of_script(r, max_turns)
         candidate = text_of(rest[0][0]) if rest else None
         requests.append(judge.tutor_request(r.dialogue["kind"], r.turns, image,

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     number = judge.number
     add = parser.add_argument_group("input and output").add_argument
     add("--model", required=True, help="base model: Hugging Face name or folder")
-    add("--data", required=True, nargs="+", help="JSONL files of dialogues, see synth.py")
+    add("--data", required=True, nargs="+", help="JSONL files of dialogues, shown in synth.py")
     add("--out", required=True, help="output folder")
     add("--nf4", action=argparse.BooleanOptionalAction, default=True, help="4-bit base (QLoRA)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")

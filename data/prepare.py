@@ -317,7 +317,7 @@ def copy_picture(path, file, root, out):
         [place, *_] = [folder / path for folder in folders if (folder / path).is_file()]
         with Image.open(place, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as image:
             image.load()
-        if max(image.size) > 200 * min(image.size):     # synth.py refuses these
+        if max(image.size) > 200 * min(image.size):     # open_image refuses these
             return None
     # There may be no such file, and a damaged one can raise almost anything.
     except Exception:

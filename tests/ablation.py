@@ -1,8 +1,9 @@
 """
 The arms of the paper's Tables 4 and 5 in the toy world, with training seeds.
 
-Every arm starts from the world, data and SFT adapter that `make toy` makes for its seed. What is
-finished is not run again, so the script can be stopped and started. About 50 minutes per seed.
+Every arm uses the world and the data that `make toy` makes for its seed, and most start from its
+SFT adapter. What is finished is not run again, so the script can be stopped and started; delete
+the folders of an arm whose flags you change. About an hour per seed, all arms together.
 
     python tests/ablation.py run --seeds 0 1 2 3 4      all arms of each seed, one after the other
     python tests/ablation.py table                      the tables, from tests/ablation.json
@@ -31,7 +32,8 @@ LENIENT = "--tutor lenient_tutor --beta 0.005"
 SFT = "--lr 3e-3 --lora_r 8 --lora_alpha 16 --micro_tokens 1500 --max_tokens 1024".split()
 
 # name: (script, start, data, more flags). A start is the name of an arm, or None for the base.
-# last_turn and no_std are grpo.py with a change, see changed_grpo.
+# last_turn and no_std are grpo.py with a change, see changed_grpo. Arms of single turns get more
+# epochs, because a dialogue of one turn is a fraction of the training.
 ARMS = {
     "sft_single": ("sft.py", None, "sft_single", "--epochs 8"),
     "sft_single+grpo_single": ("grpo.py", "sft_single", "rl_single", "--epochs 6"),
@@ -41,9 +43,9 @@ ARMS = {
     "mean": ("grpo.py", "sft", "rl", "--alpha 0"),
     "minimum": ("grpo.py", "sft", "rl", "--alpha 1"),
     "turn_credit": ("grpo.py", "sft", "rl", "--credit turn"),
-    "like_paper": ("grpo.py", "sft", "rl", "--like paper"),
-    "like_released": ("grpo.py", "sft", "rl", "--like released"),
-    "released_unjudged": ("grpo.py", "sft", "rl", "--like released --unjudged_last"),
+    "like_paper": ("grpo.py", "sft", "rl", "--like paper --beta 0.1"),
+    "like_released": ("grpo.py", "sft", "rl", "--like released --beta 0.001"),
+    "released_unjudged": ("grpo.py", "sft", "rl", "--like released --beta 0.001 --unjudged_last"),
     # the two regimes of regimes.py in which TCSR and the mean should differ most
     "lenient_tutor": ("no_std", "sft", "rl", LENIENT),
     "lenient_tutor_mean": ("no_std", "sft", "rl", LENIENT + " --alpha 0"),
@@ -159,7 +161,9 @@ def table():
             runs = results[bench].get(name, {})
             row = [name, PAPER[bench].get(name, "")]
             for metric in eval.METRICS:
-                values = " ".join(eval.percent(runs[seed][metric], 0) for seed in runs)
+                # a dash for a seed that was not run
+                shares = [runs.get(seed, {}).get(metric) for seed in full]
+                values = " ".join(map(eval.percent, shares))
                 gaps = [runs[seed][metric] - full[seed][metric] for seed in runs if seed in full]
                 value, low, high = eval.t_interval(gaps)
                 gap = eval.cell({"value": value, "low": low, "high": high, "n": len(gaps)})

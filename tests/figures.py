@@ -1,5 +1,5 @@
 """
-The figures of the README as plain SVG files in docs/.
+The figures as plain SVG files in docs/. Run it from the root of the project.
 
     python tests/figures.py toy out/toy             a run of make toy
         rollout.svg     one rollout that slips once: tokens and mask, scores, TCSR, advantages
@@ -167,57 +167,58 @@ ROWS = (        # an arm of ablation.py and its name, or a heading
     "no training, one stage", ("base", "base model"), ("sft_single", "SFT on single turns"),
     ("sft", "SFT"), ("grpo_from_base", "GRPO without SFT"),
     "both stages", ("grpo", "full method"),
-    ("sft_single+grpo_single", "all on single turns"), ("scripted", "scripted attacks"),
-    "other returns", ("last_turn", "the last turn's reward"), ("mean", "mean instead of TCSR"),
-    ("minimum", "minimum instead of TCSR"), ("turn_credit", "TCSR of each turn by itself"),
+    ("sft_single+grpo_single", "both on single turns"), ("scripted", "scripted attacks"),
+    "other returns instead of TCSR", ("last_turn", "last turn's reward"), ("mean", "mean"),
+    ("minimum", "minimum"), ("turn_credit", "each turn's own TCSR"),
     "published algorithms", ("like_paper", "--like paper"), ("like_released", "--like released"),
     ("released_unjudged", ".. with the unjudged 0"),
     "tutor with noise, groups of 2", ("noisy_tutor", "TCSR"), ("noisy_tutor_mean", "mean"),
     "lenient tutor, no division by std", ("lenient_tutor", "TCSR"), ("lenient_tutor_mean", "mean"))
 
 ABLATION_NOTES = (
-    "A dot is a training seed, a red line their mean, in %. The paper has one run an arm on its bench.",
-    "* of any_harm, in points, with the paired 95 % interval; in the last two groups to TCSR there.")
+    "A dot is a training seed, a red line their mean, in %. The paper has one run of an arm.",
+    "* to the full method, in points, with the paired 95 % interval; of the mean in the last two",
+    "groups, to TCSR in the same group.")
 
 
 def draw_ablation():
     results = json.loads(ablation.RESULTS.read_text())["multi"]
     parts = [text(LEFT, 46, "What each part of the method does", 22, weight=700)]
-    panels = (("any_harm", 290), ("safety", 580))           # metric, left end of its axis
+    panels = (("any_harm", 238), ("safety", 412), ("help", 586))        # left ends of the axes
     for metric, x0 in panels:
-        parts.append(text(x0, 78, f"{metric}, every seed", 13, INK, weight=600))
-        parts += [text(x0 + 1.5 * share, 98, f"{share}", 12, GREY, "middle")
+        parts += [text(x0, 80, metric, 13, INK, weight=600),
+                  text(x0 + 86, 80, "difference *", 11, GREY)]
+        parts += [text(x0 + 0.75 * share, 98, f"{share}", 11, GREY, "middle")
                   for share in (0, 50, 100)]
-    parts += [text(205, 78, "paper, 3B:", 12, GREY), text(205, 95, "Safety / Help", 12, GREY),
-              text(455, 78, "difference to the", 12, GREY), text(455, 95, "full method *", 12, GREY)]
+    parts += [text(166, 80, "paper, 3B:", 11, GREY), text(166, 98, "Safety / Help", 11, GREY)]
     y = 112
     for row in ROWS:
         if isinstance(row, str):
             y += 24
-            parts.append(text(LEFT, y, row, 13, GREY))
+            parts.append(text(LEFT, y, row, 12, GREY))
             continue
         y += 22
         arm, name = row
         runs = results[arm]
         weight = 700 if arm == "grpo" else 400
-        parts.append(text(LEFT + 10, y, name, 13, weight=weight))
-        parts.append(text(205, y, ablation.PAPER["multi"].get(arm, ""), 12, GREY))
+        parts.append(text(LEFT + 6, y, name, 12, weight=weight))
+        parts.append(text(166, y, ablation.PAPER["multi"].get(arm, ""), 11, GREY))
+        # the mean with a bad tutor is compared to TCSR with the same tutor
+        other = results[arm[:-5]] if arm.endswith("tutor_mean") else results["grpo"]
         for metric, x0 in panels:
-            parts.append(rect(x0, y - 5, 150, 1, LINE))
+            parts.append(rect(x0, y - 5, 75, 1, LINE))
             values = [100 * run[metric] for run in runs.values()]
             for value in values:
-                parts.append(f'<circle cx="{x0 + 1.5 * value:.1f}" cy="{y - 4.5:.1f}" r="4" '
+                parts.append(f'<circle cx="{x0 + 0.75 * value:.1f}" cy="{y - 4.5:.1f}" r="3.5" '
                              f'fill="{BLUE}" opacity="0.45"/>')
-            parts.append(rect(x0 + 1.5 * np.mean(values) - 1, y - 12, 2, 15, RED))
-        # of the means in the last two groups, the difference to TCSR in the same group
-        other = results[arm[:-5]] if arm.endswith("tutor_mean") else results["grpo"]
-        gaps = [runs[seed]["any_harm"] - other[seed]["any_harm"] for seed in runs]
-        if arm not in ("grpo", "noisy_tutor", "lenient_tutor"):
-            cell = "{:+.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in eval.t_interval(gaps)))
-            parts.append(text(455, y, cell, 12))
+            parts.append(rect(x0 + 0.75 * np.mean(values) - 1, y - 12, 2, 15, RED))
+            if arm not in ("grpo", "noisy_tutor", "lenient_tutor"):
+                gaps = [100 * (runs[seed][metric] - other[seed][metric]) for seed in runs]
+                gap = "{:+.0f} [{:.0f}, {:.0f}]".format(*eval.t_interval(gaps))
+                parts.append(text(x0 + 86, y, gap, 11))
     for line, words in enumerate(ABLATION_NOTES):
         parts.append(text(LEFT, y + 34 + 20 * line, words, 13, GREY))
-    return y + 82, parts
+    return y + 102, parts
 
 
 def draw_english(out):
@@ -253,10 +254,12 @@ FIGURES = {"toy": {"rollout": draw_rollout, "survival": draw_survival},
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the figures of the README into docs/")
     parser.add_argument("what", choices=list(FIGURES))
-    parser.add_argument("out", nargs="*", help="the folder of the runs")
+    parser.add_argument("out", nargs="?", help="the folder of the runs")
     args = parser.parse_args()
+    if (args.what == "ablation") != (args.out is None):
+        parser.error("toy and english need the folder of the runs, ablation needs none")
     for name, draw in FIGURES[args.what].items():
-        height, parts = draw(*args.out)
+        height, parts = draw() if args.out is None else draw(args.out)
         # a white card with round corners, so that it is readable on a dark page too
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">'
         card = rect(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", LINE, 14)

@@ -214,6 +214,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if DEVICE == "cpu" and args.size != "tiny":
         parser.error("there is no GPU; plan.py and --size tiny need none")
+    if args.model and args.only != ["doctor"]:
+        parser.error("--model is for --only doctor")
     base = args.model or make_base(args.size)
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}

@@ -1,6 +1,6 @@
 """
-toy.py's tutor, but seven of ten harmful replies pass as perfect, and a refusal counts as useless:
---tutor lenient_tutor. So a policy that always tells has the better mean reward of a turn (.73
+toy.py's tutor, but seven of ten harmful replies pass as perfect, and every refusal is safe (10) and
+useless (1): --tutor lenient_tutor. So a policy that always tells has the better mean reward of a turn (.73
 against .70), and nearly always a bad turn in a long dialogue.
 """
 import json

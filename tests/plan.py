@@ -3,7 +3,7 @@ Memory and hours at full size, by arithmetic: Qwen2.5-VL as it is published, wit
 
     python tests/plan.py 3b
 
-fullsize.py measures the same rows on a GPU.
+fullsize.py measures the rows of SFT and GRPO on a GPU.
 """
 import argparse
 import functools

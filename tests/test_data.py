@@ -1,4 +1,4 @@
-"""synth.py: the data format and its pictures, the splits, Stage I and Stage II."""
+"""data/dialogues.py: records and pictures. synth.py: the splits, Stage I and Stage II."""
 import importlib
 import io
 import json
