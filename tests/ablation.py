@@ -158,7 +158,9 @@ def table():
         rows = []
         full = results[bench]["grpo"]
         for name in ("base", "sft", "grpo", *ARMS):
-            runs = results[bench].get(name, {})
+            runs = results[bench].get(name)
+            if not runs:
+                continue
             row = [name, PAPER[bench].get(name, "")]
             for metric in eval.METRICS:
                 # a dash for a seed that was not run
