@@ -169,7 +169,7 @@ ROWS = (        # an arm of ablation.py and its name, or a heading
     "both stages", ("grpo", "full method"),
     ("sft_single+grpo_single", "both on single turns"), ("scripted", "scripted attacks"),
     "other returns instead of TCSR", ("last_turn", "last turn's reward"), ("mean", "mean"),
-    ("minimum", "minimum"), ("turn_credit", "each turn's own TCSR"),
+    ("minimum", "minimum"), ("turn_credit", "own TCSR of a turn"),
     "published algorithms", ("like_paper", "--like paper"), ("like_released", "--like released"),
     ("released_unjudged", ".. with the unjudged 0"),
     "tutor with noise, groups of 2", ("noisy_tutor", "TCSR"), ("noisy_tutor_mean", "mean"),
@@ -190,7 +190,7 @@ def draw_ablation():
                   text(x0 + 86, 80, "difference *", 11, GREY)]
         parts += [text(x0 + 0.75 * share, 98, f"{share}", 11, GREY, "middle")
                   for share in (0, 50, 100)]
-    parts += [text(166, 80, "paper, 3B:", 11, GREY), text(166, 98, "Safety / Help", 11, GREY)]
+    parts += [text(158, 80, "paper, 3B:", 11, GREY), text(158, 98, "Safety / Help", 11, GREY)]
     y = 112
     for row in ROWS:
         if isinstance(row, str):
@@ -202,7 +202,7 @@ def draw_ablation():
         runs = results[arm]
         weight = 700 if arm == "grpo" else 400
         parts.append(text(LEFT + 6, y, name, 12, weight=weight))
-        parts.append(text(166, y, ablation.PAPER["multi"].get(arm, ""), 11, GREY))
+        parts.append(text(158, y, ablation.PAPER["multi"].get(arm, ""), 11, GREY))
         # the mean with a bad tutor is compared to TCSR with the same tutor
         other = results[arm[:-5]] if arm.endswith("tutor_mean") else results["grpo"]
         for metric, x0 in panels:
