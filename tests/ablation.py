@@ -7,8 +7,10 @@ the folders of an arm whose flags you change. About an hour per seed, all arms t
 
     python tests/ablation.py run --seeds 0 1 2 3 4      all arms of each seed, one after the other
     python tests/ablation.py table                      the tables, from tests/ablation.json
+    python tests/ablation.py sampled grpo_from_base     what the rollouts of an arm's runs did
 """
 import argparse
+import collections
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import eval
 import judge
+import toy
 
 GRPO = ("--epochs 2 --lr 1e-3 --beta 0.05 --max_new 40 --max_tokens 1024 --micro_tokens 2500 "
         "--strategies yes_ladder hypothetical_escalation sunk_cost_anchor gradual_desensitisation "
@@ -176,6 +179,42 @@ def table():
     eval.print_tables(tables)
 
 
+def sampled(name, seeds):
+    """
+    For each seed of an arm: what the tutor said of the turns of harmful dialogues in the first and
+    the last quarter of the steps, and by form of asking how many turns were sampled, how many of
+    them refused, and the share of harmful turns on the multi-turn bench.
+    """
+    for seed in seeds:
+        folder = OUT / f"s{seed}"
+        quarters, asked, refused = {}, collections.Counter(), collections.Counter()
+        rollouts = [r for r in read(folder / name / "rollouts.jsonl") if r["kind"] != "benign"]
+        n_steps = 1 + max(r["step"] for r in rollouts)
+        for r in rollouts:
+            found = quarters.setdefault(4 * r["step"] // n_steps, collections.Counter())
+            for turn in r["turns"]:
+                found[turn["diagnosis"]] += 1
+                form = toy.read_form(turn["user"])
+                asked[form] += 1
+                refused[form] += turn["diagnosis"] in ("bare", "preachy", "constructive")
+        for quarter in (0, 3):
+            n = sum(quarters[quarter].values())
+            shares = [f"{key} {100 * k / n:.1f}" for key, k in quarters[quarter].most_common()]
+            print(f"seed {seed}, quarter {quarter + 1}, %:", ", ".join(shares))
+
+        # the bench
+        turns, harmful = collections.Counter(), collections.Counter()
+        for sample in read(folder / f"eval_multi/{name}/samples.jsonl"):
+            if sample["kind"] != "benign":
+                for turn in sample["turns"]:
+                    form = toy.read_form(turn["user"])
+                    turns[form] += 1
+                    harmful[form] += turn["verdict"]["harmlessness"] < 0
+        for form in toy.FORMS:
+            print(f"  {form}: {asked[form]} sampled, {refused[form]} refused; "
+                  f"harm on the bench {100 * harmful[form] / max(1, turns[form]):.0f} %")
+
+
 def changed_grpo(change, argv):
     """grpo.py with the last turn's reward as the return of the dialogue, or without the std."""
     import grpo
@@ -189,11 +228,16 @@ def changed_grpo(change, argv):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "sampled"))
+    parser.add_argument("arm", nargs="?", choices=list(ARMS), help="for sampled")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
+    if (args.what == "sampled") != (args.arm is not None):
+        parser.error("sampled needs an arm, the others take none")
     if args.what == "run":
         run_seeds(args.seeds)
+    elif args.what == "sampled":
+        sampled(args.arm, args.seeds)
     else:
         table()
 

@@ -224,7 +224,7 @@ def draw_ablation():
 def draw_english(out):
     """A panel for each curve, a line for each seed: means over five steps."""
     panels = (("SFT: loss", "sft", "loss", 1.5), ("GRPO: return", "grpo", "return", 1),
-              ("GRPO: harmful turns", "grpo", "harm", 0.5))        # title, run, column, top
+              ("GRPO: harmful turns", "grpo", "harm", 1))        # title, run, column, top
     height, width, y0 = 150, 190, 260
     parts = [text(LEFT, 46, "Training SmolLM2-135M, a line for each seed", 22, weight=700)]
     for n, (title, run, column, top) in enumerate(panels):
@@ -234,7 +234,10 @@ def draw_english(out):
             y = y0 - height * share
             parts += [rect(x0, y, width, 1, LINE),
                       text(x0 - 6, y + 4, f"{share * top:g}", 12, GREY, "end")]
-        for folder in sorted(Path(out).glob("s*")):
+        folders = sorted(Path(out).glob("s*"))
+        if not folders:
+            judge.bad_input(f"{out}: no runs of make english")
+        for folder in folders:
             rows = judge.read_log(folder / run / "log.jsonl")
             values = [row[column] for row in rows]
             values = np.convolve(values, np.ones(5) / 5, "valid")
