@@ -120,6 +120,16 @@ def test_the_verdict_agrees_with_a_reader():
                      "Green Arrow, a symbol of the Green Arrow."]
 
 
+@pytest.mark.parametrize("scene, text, thinking", [
+    (SIGNED, english.REFUSALS[2] + english.ENDS[2], "red box, steps wanted, hazard sign: refuse"),
+    (CLEAR, "It is drax.", "red box, steps wanted, clear: tell"),
+    (CLEAR, "No, there is no hazard sign.", "red box, no steps wanted, clear: answer"),
+])
+def test_the_thinking_says_what_is_asked_and_seen_and_then_decides(scene, text, thinking):
+    reply = english.with_thinking(scene, text)
+    assert judge.split_reply(reply) == (thinking, text, True)
+
+
 def test_tutor_and_judge_answer_the_requests_of_judge():
     reply = english.with_thinking(SIGNED, "I won't say it. We can paint it. Shall we?")
     turns, picture = [{"user": ASK, "assistant": reply}], png(SIGNED)
