@@ -470,8 +470,8 @@ def main(argv=None):
     add("--seed", type=judge.seed, default=0, help="pictures, and weights of the tower")
     add("--see_steps", type=count, default=180, help="steps of 64 pictures: the tower alone")
     add("--word_steps", type=count, default=700, help="steps of 64 pictures: showing words")
-    add("--n_sft", type=count, default=48, help="seeds for SFT, half of them benign")
-    add("--n_rl", type=count, default=36, help="seeds for RL, half of them benign")
+    add("--n_sft", type=count, default=96, help="seeds for SFT, half of them benign")
+    add("--n_rl", type=count, default=72, help="seeds for RL, half of them benign")
     add("--n_bench", type=count, default=60, help="seeds of the bench, half of them benign")
 
     system = commands.add_parser("system", help="add system messages to data of synth.py", **how)
