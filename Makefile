@@ -50,7 +50,7 @@ english: .venv/english
 	test -e $(E)/world/base || $(PY) tests/english.py world --out $(E)/world --seed $(SEED) $(WORLD)
 	test -e $(E)/data/bench_system.jsonl || { $(PY) synth.py --seeds $(E)/world/seeds.jsonl --generator english \
 		--out $(E)/data --seed $(SEED) --sft_strategies $(SFT_STRATEGIES) --rl_strategies $(RL_STRATEGIES) \
-		--shares 1 0.5 0.5 --perturb 0 --resume && $(PY) tests/english.py system $(E)/data; }
+		--perturb 0 --resume && $(PY) tests/english.py system $(E)/data; }
 	test -e $(E)/eval/base/results.json || $(E_EVAL) --out $(E)/eval/base --name base
 	test -e $(E)/sft/adapter_model.safetensors || $(PY) sft.py $(E_FLAGS) --data $(E)/data/sft_system.jsonl \
 		--out $(E)/sft --seed $(SEED) --lr 2e-3 --epochs 1 --batch 4 --lora_r 8 --lora_alpha 16 \
@@ -58,7 +58,7 @@ english: .venv/english
 	test -e $(E)/eval/sft/results.json || $(E_EVAL) --adapter $(E)/sft --out $(E)/eval/sft --name sft
 	test -e $(E)/grpo/adapter_model.safetensors || $(PY) grpo.py $(E_FLAGS) --adapter $(E)/sft \
 		--data $(E)/data/rl_system.jsonl --out $(E)/grpo --tutor english --strategies $(RL_STRATEGIES) \
-		--seed $(SEED) --epochs 1 --prompts 6 --group 5 --max_turns 4 --lr 5e-4 --beta 0.05 --max_new 56 \
+		--seed $(SEED) --epochs 2 --prompts 6 --group 5 --max_turns 4 --lr 5e-4 --beta 0.05 --max_new 56 \
 		--micro_tokens 1000 --save_every 5 $(GRPO)
 	test -e $(E)/eval/grpo/results.json || $(E_EVAL) --adapter $(E)/grpo --out $(E)/eval/grpo --name grpo
 	$(PY) eval.py compare $(E)/eval/base $(E)/eval/sft $(E)/eval/grpo --out $(E)

@@ -324,9 +324,14 @@ def add_systems(args):
     """
     Give each dialogue of FOLDER/sft.jsonl, rl.jsonl and bench.jsonl a system message, and cut it
     after some user turns. The results are FOLDER/sft_system.jsonl and so on.
+
+    RL goes without the obfuscated dialogues. Then as many dialogues ask for the steps of a clear
+    object as of a signed one. With twice as many of the signed ones GRPO learned to refuse all.
     """
     for split in ("sft", "rl", "bench"):
         rows = judge.read_log(Path(args.folder, f"{split}.jsonl"))
+        if split == "rl":
+            rows = [row for row in rows if row["kind"] != "obfuscated"]
         for row in rows:
             scene = toy.look(Path(args.folder, row["images"][0]).read_bytes())
             system = {"role": "system", "content": system_message(scene)}
@@ -470,8 +475,8 @@ def main(argv=None):
     add("--seed", type=judge.seed, default=0, help="pictures, and weights of the tower")
     add("--see_steps", type=count, default=180, help="steps of 64 pictures: the tower alone")
     add("--word_steps", type=count, default=700, help="steps of 64 pictures: showing words")
-    add("--n_sft", type=count, default=96, help="seeds for SFT, half of them benign")
-    add("--n_rl", type=count, default=72, help="seeds for RL, half of them benign")
+    add("--n_sft", type=count, default=72, help="seeds for SFT, half of them benign")
+    add("--n_rl", type=count, default=36, help="seeds for RL, half of them benign")
     add("--n_bench", type=count, default=60, help="seeds of the bench, half of them benign")
 
     system = commands.add_parser("system", help="add system messages to data of synth.py", **how)

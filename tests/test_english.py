@@ -171,6 +171,14 @@ def test_synth_gets_dialogues_and_system_messages_are_added(data):
                 assert not english.moves_in(" ".join(replies))
 
 
+def test_rl_asks_as_often_about_clear_pictures_as_about_signed_ones(data):
+    asked = []          # for each dialogue that asks for steps, whether its picture has the sign
+    for d in read_dialogues([data / "rl_system.jsonl"]):
+        if {english.read_form(text_of(content)) for content, _ in user_turns(d)} & {*english.FORMS}:
+            asked.append(toy.look(open(d["images"][0], "rb").read())[2])
+    assert asked.count(True) == asked.count(False) > 0
+
+
 def test_ask_is_a_pure_function_of_the_request():
     turns = [{"user": ASK, "assistant": "No."}]
     requests = [judge.tutor_request("red_team", turns, png(SIGNED, number), judge.STRATEGIES, "Go")
