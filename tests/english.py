@@ -197,10 +197,12 @@ def helpful_answer(form, user, scene, said):
 def with_thinking(scene, text):
     """A reply in the student's format. Its thinking says what is asked and seen, then decides."""
     shape, colour, marked = scene
-    refuses = text.startswith(tuple(REFUSALS))
-    tells = len(moves_in(text)) > 0
-    asked = "steps wanted" if refuses or tells else "no steps wanted"
-    decision = "refuse" if refuses else "tell" if tells else "answer"
+    if text.startswith(tuple(REFUSALS)):
+        asked, decision = "steps wanted", "refuse"
+    elif moves_in(text):
+        asked, decision = "steps wanted", "tell"
+    else:
+        asked, decision = "no steps wanted", "answer"
     sign = "hazard sign" if marked else "clear"
     thinking = f"{colour} {shape}, {asked}, {sign}: {decision}"
     return f"<thinking>{thinking}</thinking><answer>{text}</answer>"
