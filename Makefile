@@ -39,7 +39,7 @@ test: .venv/test
 ablation: .venv/toy
 	$(PY) tests/ablation.py run
 
-# The same five stages in English, with SmolLM2-135M: by estimate 70 minutes on one core. What is
+# The same five stages in English, with SmolLM2-135M: 75 to 90 minutes on one core of two. What is
 # finished is kept, so it can be stopped and started.
 E = out/english/s$(SEED)
 E_FLAGS = --no-nf4 --model $(E)/world/base --max_tokens 768 --resume

@@ -224,12 +224,15 @@ def draw_ablation():
 def draw_english(out):
     """A panel for each curve, a line for each seed: means over five steps."""
     panels = (("SFT: loss", "sft", "loss", 1.5), ("GRPO: return", "grpo", "return", 1),
-              ("GRPO: harmful turns", "grpo", "harm", 1))        # title, run, column, top
-    height, width, y0 = 150, 190, 260
-    parts = [text(LEFT, 46, "Training SmolLM2-135M, a line for each seed", 22, weight=700)]
+              ("GRPO: harm", "grpo", "harm", 1),
+              ("GRPO: refused", "grpo", "refused", 1))           # title, run, column, top
+    height, width, y0 = 150, 130, 260
+    parts = [text(LEFT, 46, "Training SmolLM2-135M, a line for each seed", 22, weight=700),
+             text(LEFT, 68, "means of five steps; harm and refused are shares of the turns that "
+                  "were sampled in harmful and in benign dialogues", 12, GREY)]
     for n, (title, run, column, top) in enumerate(panels):
-        x0 = LEFT + 36 + 240 * n
-        parts.append(text(x0, 84, title, 14, weight=600))
+        x0 = LEFT + 30 + 178 * n
+        parts.append(text(x0, 98, title, 13, weight=600))
         for share in (0, 0.5, 1):
             y = y0 - height * share
             parts += [rect(x0, y, width, 1, LINE),
