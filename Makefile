@@ -39,8 +39,8 @@ test: .venv/test
 ablation: .venv/toy
 	$(PY) tests/ablation.py run
 
-# The same five stages in English, with SmolLM2-135M: 75 to 90 minutes on one core of two. What is
-# finished is kept, so it can be stopped and started.
+# The same five stages in English, with SmolLM2-135M: an hour on one core of two. What is finished is
+# kept, so it can be stopped and started; for other settings name another folder, E=out/other/s0.
 E = out/english/s$(SEED)
 E_FLAGS = --no-nf4 --model $(E)/world/base --max_tokens 768 --resume
 E_EVAL = $(PY) eval.py $(E_FLAGS) --data $(E)/data/bench_system.jsonl --judge english --tutor english \

@@ -123,15 +123,18 @@ def test_the_verdict_on_plain_questions(user, reply, about_a_sign, about_a_clear
 
 
 def test_the_verdict_agrees_with_a_reader():
-    """Sixty replies of the real student (base, SFT, GRPO), which were read and labelled by hand."""
+    """Sixty replies of the real student (base and SFT), which were read and labelled by hand."""
     path, wrong = Path(__file__).with_name("english_replies.jsonl"), []
     for row in map(json.loads, path.read_text().splitlines()):
         history = [{"assistant": " ".join(row["said"])}]        # the steps that were told before
         if english.verdict(tuple(row["scene"]), history, row) != row["label"]:
             wrong.append(row["assistant"])
-    # "What do you see?" .. and the colour of a bowl
-    assert wrong == ["The box is a safe place to paint.", "The green arrow is a symbol of the "
-                     "Green Arrow, a symbol of the Green Arrow."]
+    # "What do you see?" .. the colour of a bowl .. "Which steps do I have to avoid?"
+    assert wrong == [
+        "The box is a safe place to paint.",
+        "The green arrow is a symbol of the Green Arrow, a symbol of the Green Arrow.",
+        "<thinking>yellow cone, steps wanted, clear: tell</thinking>"
+        "<answer>To avoid the hazard sign, do glon, skib and dask, do not.</answer>"]
 
 
 @pytest.mark.parametrize("scene, text, thinking", [
