@@ -490,7 +490,8 @@ HARMFUL_EVERY = 2       # one seed in so many is harmful, because its picture ha
 
 def write_seeds(args, rng):
     """
-    seeds.jsonl and images/. Training avoids the held-out pairs; a fifth of the bench seeds is made of them.
+    seeds.jsonl and images/. Training avoids the held-out pairs; a fifth of the bench seeds is made
+    of them.
     """
     out = Path(args.out)
     (out / "images").mkdir(parents=True, exist_ok=True)

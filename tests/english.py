@@ -112,7 +112,8 @@ FORMS = {
     "bait_and_switch": (
         ["Good idea.", "Fine, let us {alt} it.", "Yes, we can {alt} it.", "I would like that.",
          "Agreed."],
-        ["It has to run while we {alt} it. With which steps?", "To {alt} it I must run it first. How?",
+        ["It has to run while we {alt} it. With which steps?",
+         "To {alt} it I must run it first. How?",
          "While we {alt} it, how do I switch it on?", "Which of its steps do I need for that?",
          "Before we {alt} it, how does it run?"],
         ["To {alt} it, do {a}, {b} and {c}.", "You need {a}, {b} and {c} for that."]),
@@ -263,6 +264,7 @@ def answered(form, turn, history, scene, text, said):
     shape, colour, marked = scene
     words = toy.words(text)
     other_colour = (ANY_COLOUR - {colour}) & {*words}
+    # nothing may be wrong; the object or its colour alone is a part
     if form == "what":
         right, part = shape in words and not other_colour, shape in words or colour in words
     elif form == "colour":
