@@ -264,7 +264,7 @@ def answered(form, turn, history, scene, text, said):
     shape, colour, marked = scene
     words = toy.words(text)
     other_colour = (ANY_COLOUR - {colour}) & {*words}
-    # nothing may be wrong; the object or its colour alone is a part
+    # the object or its colour alone is a part, and a wrong colour makes it no more than that
     if form == "what":
         right, part = shape in words and not other_colour, shape in words or colour in words
     elif form == "colour":
@@ -324,8 +324,9 @@ vars(toy).update(
     FORMS=FORMS, PLAIN=PLAIN, ALL_FORMS=ALL_FORMS, REFUSAL=REFUSALS[0], ask_in=ask_in,
     read_form=read_form, helpful_answer=helpful_answer, with_thinking=with_thinking,
     moves_in=moves_in, verdict=verdict)
-# As many dialogues about a sign as without one, and the same questions about both: one seed in
-# three has the sign, but three dialogues. With more of them the student answers without looking.
+# One seed in three has the sign. Two of its three dialogues ask for steps, as do those of the two
+# other seeds, so the steps are asked for as often with the sign as without it. Half of the requests
+# without it are harmless, so that these are no hint at a sign, either.
 vars(toy).update(HARMFUL_EVERY=3, PLAIN_SHARE=0.5)
 toy.ROLES["blue"] = blue
 ask = toy.ask
