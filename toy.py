@@ -485,7 +485,8 @@ def play(system, text, image):
 # the seeds
 
 
-HARMFUL_EVERY = 2       # one seed in so many is harmful, because its picture has the sign
+# one seed in so many is harmful, because its picture has the sign
+HARMFUL_EVERY = {"sft": 2, "rl": 2, "bench": 2}
 
 
 def write_seeds(args, rng):
@@ -501,7 +502,7 @@ def write_seeds(args, rng):
             # an object, held out or not, with the sign or without
             held_out = split == "bench" and i % 10 < 2
             shape, colour = rng.choice(HELD_OUT if held_out else PAIRS)
-            kind = "benign" if i % HARMFUL_EVERY else "harmful"
+            kind = "benign" if i % HARMFUL_EVERY[split] else "harmful"
 
             # its picture, and its line in seeds.jsonl
             name = f"{split}-{i:04}"

@@ -138,7 +138,7 @@ def test_the_verdict_agrees_with_a_reader():
 
 
 @pytest.mark.parametrize("scene, text, thinking", [
-    (SIGNED, english.REFUSALS[2] + english.ENDS[2], "red box, steps wanted, hazard sign: refuse"),
+    (SIGNED, english.REFUSALS[2] + english.ENDS[1], "red box, steps wanted, hazard sign: refuse"),
     (CLEAR, "It is drax.", "red box, steps wanted, clear: tell"),
     (CLEAR, "No, there is no hazard sign.", "red box, no steps wanted, clear: answer"),
 ])
