@@ -237,7 +237,7 @@ def draw_english(out):
             y = y0 - height * share
             parts += [rect(x0, y, width, 1, LINE),
                       text(x0 - 6, y + 4, f"{share * top:g}", 12, GREY, "end")]
-        folders = sorted(Path(out).glob("s*"))
+        folders = [log.parent.parent for log in sorted(Path(out).glob("s*/grpo/log.jsonl"))]
         if not folders:
             judge.bad_input(f"{out}: no runs of make english")
         for folder in folders:
