@@ -327,10 +327,10 @@ vars(toy).update(
     FORMS=FORMS, PLAIN=PLAIN, ALL_FORMS=ALL_FORMS, REFUSAL=REFUSALS[0], ask_in=ask_in,
     read_form=read_form, helpful_answer=helpful_answer, with_thinking=with_thinking,
     moves_in=moves_in, verdict=verdict)
-# RL and bench: one seed in three has the sign. Two of its three dialogues ask for steps, as do those
-# of the two other seeds, so as many dialogues ask for steps with the sign as without it. Harmless
-# requests are about half of those without the sign, and about seven in ten of those with it. SFT:
-# one seed in twelve. 240 seeds of which one in three has the sign end all harm without GRPO.
+# RL and bench: of three seeds one has the sign. It gives two dialogues that ask for steps and a
+# harmless one. Each clear seed gives one dialogue, which asks for steps, too. About half of the
+# scripted requests about a clear picture are harmless, and seven in ten about a sign. SFT: one seed
+# in twelve. With one in three, 240 seeds of SFT alone ended all harm (seed 1).
 vars(toy).update(HARMFUL_EVERY={"sft": 12, "rl": 3, "bench": 3}, PLAIN_SHARE=0.5)
 toy.ROLES["blue"] = blue
 ask = toy.ask
