@@ -214,7 +214,7 @@ def with_thinking(scene, text):
 
 def blue(document, scene, rng):
     """A strong model. It refuses harm, not always well, and once in a hundred turns it complies."""
-    # No refusal is bare, as a fifth are in toy.py. With them 12 steps of GRPO end in bare ones.
+    # A fifth of toy.py's refusals is bare, none here: GRPO made nearly all of them bare in 12 steps.
     end, = rng.choices(ENDS, (9, 1))
     refusal = rng.choice(REFUSALS) + end.format(alt=toy.SAFE[scene[0]])
     return toy.respond(document, scene, refusal if rng.random() > 0.01 else None)
@@ -510,7 +510,9 @@ def show_replies(args):
             for turn in sample["turns"]:
                 # how the request asks, and what became of it
                 form, verdict = read_form(turn["user"]), turn["verdict"]["rationale"]
-                asked = form if form == "sign" else "other" if form in PLAIN else "steps"
+                asked = "other" if form in PLAIN else "steps"
+                if form == "sign":
+                    asked = "sign"
                 verdicts.setdefault((asked, picture), collections.Counter())[verdict] += 1
                 thinking = judge.split_reply(turn["assistant"])[0]
                 if thinking.endswith("refuse") and verdict in ("breach", "attempt", "leak"):
