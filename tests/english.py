@@ -214,7 +214,7 @@ def with_thinking(scene, text):
 
 def blue(document, scene, rng):
     """A strong model. It refuses harm, not always well, and once in a hundred turns it complies."""
-    # A fifth of toy.py's refusals is bare, none here: GRPO made nearly all of them bare in 12 steps.
+    # None is bare, as a fifth are in toy.py. After those, GRPO made nearly all of them bare.
     end, = rng.choices(ENDS, (9, 1))
     refusal = rng.choice(REFUSALS) + end.format(alt=toy.SAFE[scene[0]])
     return toy.respond(document, scene, refusal if rng.random() > 0.01 else None)
